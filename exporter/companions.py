@@ -1,0 +1,137 @@
+"""The files that go into a bundle beside the graph: configuration, tokenizer, chat template, genai configuration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from exporter.checkpoint import Checkpoint
+from exporter.spec import NemotronSpec
+from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
+from runtime.errors import UserError
+from runtime.manifest import CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG
+
+GENAI_CONFIG = "genai_config.json"
+
+
+def check_companions(checkpoint: Checkpoint) -> None:
+    """Check the tokenizer and its template before any work is done.
+
+    Raises:
+        UserError: no tokenizer.json, or one that cannot be loaded or that has tokens the model does not know.
+    """
+    path = checkpoint.path / TOKENIZER
+    if not path.is_file():
+        raise UserError(
+            f"{checkpoint.path} has no {TOKENIZER}; write one with transformers: "
+            "AutoTokenizer.from_pretrained(checkpoint).save_pretrained(checkpoint)"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception for every fault of the file
+        raise UserError(f"{path} cannot be loaded: {error}; download the checkpoint again") from error
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= checkpoint.spec.vocab:
+        raise UserError(
+            f"{path} has token id {largest}, the model's vocabulary ends at {checkpoint.spec.vocab - 1}; "
+            "tokenizer and weights are not of one model"
+        )
+    _chat_template(checkpoint.path)
+
+
+def write_companions(checkpoint: Checkpoint, directory: Path, max_length: int) -> None:
+    """Copy or write everything a runtime needs beside model.onnx into `directory`."""
+    for name in (CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG):
+        if (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, directory / name)
+    template = _chat_template(checkpoint.path)
+    if template is not None:
+        (directory / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+    config = genai_config(checkpoint.spec, _generation_defaults(checkpoint), max_length)
+    (directory / GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def genai_config(spec: NemotronSpec, generation: dict[str, Any], max_length: int) -> dict[str, Any]:
+    """What onnxruntime-genai needs to run the bundle's directory as it is. It refuses keys it does not know."""
+    tokens = {name: generation[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {
+        "model": {
+            "type": "nemotron",
+            **{name: value for name, value in tokens.items() if value is not None},
+            "context_length": max_length,
+            "vocab_size": spec.vocab,
+            "decoder": {
+                "filename": MODEL,
+                "session_options": {"provider_options": []},
+                "head_size": spec.head_dim,
+                "hidden_size": spec.hidden,
+                "num_attention_heads": spec.heads,
+                "num_hidden_layers": spec.layers,
+                "num_key_value_heads": spec.kv_heads,
+                "inputs": {
+                    "input_ids": INPUT_IDS,
+                    "attention_mask": ATTENTION_MASK,
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": LOGITS,
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "max_length": max_length,
+            "past_present_share_buffer": True,
+            "do_sample": bool(generation.get("do_sample", False)),
+            "temperature": float(generation.get("temperature") or 1.0),
+            "top_k": int(generation.get("top_k") or 50),
+            "top_p": float(generation.get("top_p") or 1.0),
+            "repetition_penalty": float(generation.get("repetition_penalty") or 1.0),
+        },
+    }
+
+
+def _generation_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
+    """generation_config.json, with the special tokens from config.json where it names none; pad falls back to eos."""
+    path = checkpoint.path / GENERATION_CONFIG
+    values = _read_object(path) if path.is_file() else {}
+    config = checkpoint.spec.config
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        values.setdefault(name, getattr(config, name))
+    if values["pad_token_id"] is None:
+        eos = values["eos_token_id"]
+        values["pad_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
+    return values
+
+
+def _chat_template(directory: Path) -> str | None:
+    """The checkpoint's chat template: a file, or text or a named list in tokenizer_config.json, or none."""
+    file = directory / CHAT_TEMPLATE
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    path = directory / TOKENIZER_CONFIG
+    template = _read_object(path).get("chat_template") if path.is_file() else None
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        if "default" not in named:
+            raise UserError(f"{path} has chat templates {', '.join(named)} but no 'default'; rename one")
+        template = named["default"]
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{path}: chat_template should be text, found {type(template).__name__}; correct it")
+    return template
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error}); download the checkpoint again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} should hold a JSON object; download the checkpoint again")
+    return values

@@ -1,0 +1,43 @@
+"""LayerNorm1P stores its weight minus one: let the +1 happen while the weight is written, not on every step."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from exporter.passes.base import GraphPass, constant_of
+from exporter.recipe import derive, is_weight
+
+
+class FoldLayerNorm1P(GraphPass):
+    """`LayerNormalization(x, Add(weight, 1), bias)` becomes `LayerNormalization(x, weight', bias)`, weight' in fp32."""
+
+    name: ClassVar[str] = "fold_layernorm1p"
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.expected = 2 * layers + 1  # two per layer and the final one
+
+    def apply(self, model: ir.Model) -> int:
+        """Fold every norm whose scale is still an Add."""
+        folded = 0
+        for node in model.graph:
+            if node.op_type != "LayerNormalization":
+                continue
+            scale = node.inputs[1]
+            add = scale.producer() if scale is not None else None
+            if add is None or add.op_type != "Add":
+                continue
+            weight, one = add.inputs
+            if weight is None or not is_weight(weight) or constant_of(one) != 1.0:
+                raise self.fail(f"{node.name} adds something other than one to its weight")
+            node.replace_input_with(1, derive(weight, "plus_one", plus_one=True))
+            folded += 1
+        return folded
+
+    def ensures(self, model: ir.Model) -> None:
+        """Every norm of the model has a folded weight."""
+        found = sum(node.op_type == "LayerNormalization" and is_weight(node.inputs[1]) for node in model.graph)
+        if found != self.expected:
+            raise self.fail(f"folded {found} norms where the model has {self.expected}")

@@ -1,0 +1,120 @@
+"""Rotary, cache and grouped attention of each layer become one `nemotron::PartialRopeAttention`.
+
+The traced graph slices, rotates and concatenates queries and keys, appends to a growing cache, expands each
+key/value head to its group, and masks by a subgraph of a dozen nodes. Each layer's part is matched as a pattern; the
+parts shared by all layers (the mask, cos and sin) are evaluated on a small case and must equal what the fused op does.
+Afterwards the cache has a fixed capacity, and `write_indices` says where each row's new tokens go.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from exporter.passes.attention_patterns import ROTARY, attention_rules, rotary_rules, why_unmatched
+from exporter.passes.base import GraphPass
+from exporter.passes.subgraph import evaluate
+from exporter.spec import NemotronSpec
+from plugins.ops import (
+    DOMAIN,
+    DOMAIN_VERSION,
+    is_partial_rope_attention,
+    partial_rope_attention_function,
+)
+from runtime.contract import ATTENTION_MASK, INPUT_IDS, WRITE_INDICES, past_names, present_names
+
+
+class FusePartialRopeAttention(GraphPass):
+    """One fused op per layer, or the export stops."""
+
+    name: ClassVar[str] = "fuse_partial_rope_attention"
+
+    def __init__(self, spec: NemotronSpec, cos: NDArray[np.float32], sin: NDArray[np.float32]) -> None:
+        self.spec, self.cos, self.sin = spec, cos, sin
+
+    def apply(self, model: ir.Model) -> int:
+        """Fuse every layer's attention, then give the graph the fused op's contract."""
+        if any(is_partial_rope_attention(node) for node in model.graph):
+            return 0
+        write_indices = ir.val(WRITE_INDICES, dtype=ir.DataType.INT64, shape=["batch"])
+        model.graph.inputs.insert(1, write_indices)
+        rotary = rotary_rules()
+        while rotary.apply_to_model(model):  # one rule matches what another made
+            pass
+        tables = [
+            self._table(model.graph, "rope.cos", self.cos),
+            self._table(model.graph, "rope.sin", self.sin),
+        ]
+        self._check_shared(model)
+        rules = attention_rules(self.spec, tables, write_indices)
+        fused = rules.apply_to_model(model)
+        if fused != self.spec.layers:
+            raise self.fail(f"fused {fused} of {self.spec.layers} layers' attentions: {why_unmatched(rules, model)}")
+        self._adopt_contract(model)
+        return fused
+
+    def ensures(self, model: ir.Model) -> None:
+        """As many fused ops as layers, and nothing left of what they replace."""
+        fused = sum(is_partial_rope_attention(node) for node in model.graph)
+        if fused != self.spec.layers:
+            raise self.fail(f"fused {fused} attentions where the model has {self.spec.layers} layers")
+        left = sorted({node.op_type for node in model.graph} & {"Attention", "Softmax", "Expand", ROTARY})
+        if left:
+            raise self.fail(f"{', '.join(left)} remain beside the fused attentions")
+
+    @staticmethod
+    def _table(graph: ir.Graph, name: str, table: NDArray[np.float32]) -> ir.Value:
+        value = ir.val(name, const_value=ir.tensor(table, name=name))
+        graph.initializers.add(value)
+        return value
+
+    def _check_shared(self, model: ir.Model) -> None:
+        """Evaluate mask, cos and sin for two rows of three new tokens after two cached ones; one row has padding."""
+        attentions = [node for node in model.graph if node.op_type == "Attention"]
+        rotaries = [node for node in model.graph if node.op_type == ROTARY]
+        shared = {node.inputs[3] for node in attentions} | {v for node in rotaries for v in node.inputs[1:]}
+        masks = {node.inputs[3] for node in attentions}
+        cosines, sines = ({node.inputs[i] for node in rotaries} for i in (1, 2))
+        if None in shared or not (len(masks) == len(cosines) == len(sines) == 1):
+            raise self.fail(
+                f"{len(attentions)} attentions and {len(rotaries)} rotations do not share one mask, cos and sin"
+            )
+        past, sequence = 2, 3
+        keep = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+        cache = np.zeros((2, self.spec.kv_heads, past, self.spec.head_dim), np.float32)
+        feeds: dict[str, NDArray[np.generic]] = {
+            ATTENTION_MASK: keep,
+            INPUT_IDS: np.zeros((2, sequence), np.int64),
+        }
+        feeds |= {name: cache for layer in range(self.spec.layers) for name in past_names(layer)}
+        values = [value for group in (masks, cosines, sines) for value in group if value is not None]
+        mask, cos, sin = evaluate(model, values, feeds)
+
+        causal = np.arange(past + sequence) <= past + np.arange(sequence)[:, None]
+        expected = causal[None, None] & (keep[:, None, None] > 0)
+        if mask.dtype != np.bool_ or not np.array_equal(np.broadcast_to(mask, expected.shape), expected):
+            raise self.fail("the attention mask is not causality and padding alone")
+        for name, found, table in (("cos", cos, self.cos), ("sin", sin, self.sin)):
+            rows = np.tile(table[past : past + sequence], 2)
+            if not np.allclose(np.broadcast_to(found, (1, 1, *rows.shape)), rows, atol=1e-6):
+                raise self.fail(f"the {name} of the rotary embedding is not the table's")
+
+    def _adopt_contract(self, model: ir.Model) -> None:
+        graph = model.graph
+        for unused in [value for value in graph.inputs if value.name == ATTENTION_MASK and not value.uses()]:
+            graph.inputs.remove(unused)
+        if any(value.name == ATTENTION_MASK for value in graph.inputs):
+            raise self.fail("the attention mask is used outside the attentions")
+        cache = ir.Shape(["batch", self.spec.kv_heads, "capacity", self.spec.head_dim])
+        names = [n for layer in range(self.spec.layers) for n in (*past_names(layer), *present_names(layer))]
+        values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
+        for name in names:
+            values[name].shape = cache.copy()
+            values[name].dtype = ir.DataType.FLOAT
+        values[INPUT_IDS].shape = ir.Shape(["batch", "sequence"])
+        function = partial_rope_attention_function()
+        model.functions[function.identifier()] = function
+        model.opset_imports[DOMAIN] = DOMAIN_VERSION

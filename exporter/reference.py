@@ -1,0 +1,75 @@
+"""The model as transformers computes it: eager attention on whole rows, in fp32, and in fp64 to know its own error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache, NemotronForCausalLM
+from transformers.utils import logging
+
+from exporter.checkpoint import Checkpoint
+from exporter.trace import cached_layers
+
+Floats = NDArray[np.float64]
+Cache = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one forward pass over one row gave.
+
+    Attributes:
+        logits: float64 [sequence, vocab].
+        keys, values: float64 [layers, kv_heads, sequence, head_dim], of the new positions only.
+    """
+
+    logits: Floats
+    keys: Floats
+    values: Floats
+
+
+class Reference:
+    """transformers' NemotronForCausalLM on the checkpoint's weights."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        config = type(checkpoint.spec.config).from_dict(checkpoint.spec.config.to_dict())
+        self._config = config
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        self._models = {
+            dtype: NemotronForCausalLM.from_pretrained(
+                checkpoint.path,
+                config=config,
+                dtype=dtype,
+                attn_implementation="eager",
+                local_files_only=True,
+                use_safetensors=True,
+            )
+            for dtype in (torch.float32, torch.float64)
+        }
+
+    def forward(self, tokens: Sequence[int], past: Cache | None = None) -> tuple[Forward, Forward]:
+        """Run one row of tokens, after a given cache of rotated keys and values, in fp32 and in fp64.
+
+        Args:
+            tokens: the row's token ids.
+            past: per layer key and value, float32 [kv_heads, past, head_dim].
+        """
+        single, double = (self._run(model, tokens, past or []) for model in self._models.values())
+        return single, double
+
+    def _run(self, model: NemotronForCausalLM, tokens: Sequence[int], past: Cache) -> Forward:
+        cache = DynamicCache(config=self._config)
+        for layer, pair in enumerate(past):
+            key, value = (torch.from_numpy(array)[None].to(model.dtype) for array in pair)
+            cache.update(key, value, layer)
+        with torch.no_grad():
+            output = model(torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True)
+        new = slice(-len(tokens), None)
+        layers = cached_layers(cache)
+        keys = torch.stack([layer.keys[0, :, new] for layer in layers if layer.keys is not None])
+        values = torch.stack([layer.values[0, :, new] for layer in layers if layer.values is not None])
+        return Forward(*(tensor.double().numpy() for tensor in (output.logits[0], keys, values)))

@@ -1,0 +1,146 @@
+"""The one reader of configuration attributes: a Hugging Face configuration becomes a frozen `NemotronSpec`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import NemotronConfig
+
+# Types whose cos/sin tables depend on the position alone. `dynamic` and `longrope` change their frequencies with the
+# running length, which one table cannot express.
+STATIC_ROPE_TYPES = ("default", "linear", "llama3", "proportional", "yarn")
+
+# transformers activations that carry learned tensors of their own; the Nemotron MLP has no place for them.
+LEARNED_ACTIVATIONS = ("prelu", "xielu")
+
+
+@dataclass(frozen=True)
+class NemotronSpec:
+    """What the export needs to know of a checkpoint's architecture.
+
+    `rotary_dim` is the number of channels of a head that rotate; `config` is the normalised transformers
+    configuration, used only to build transformers' own modules.
+    """
+
+    architecture: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    rope_type: str
+    vocab: int
+    max_positions: int
+    norm_eps: float
+    activation: str
+    tied: bool
+    config: NemotronConfig = field(repr=False, compare=False)
+
+    @property
+    def scale(self) -> float:
+        """What attention multiplies q·k with."""
+        return float(self.head_dim**-0.5)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token of one row takes in an fp32 cache, all layers together."""
+        return self.layers * 2 * self.kv_heads * self.head_dim * 4
+
+
+def read_spec(directory: Path) -> NemotronSpec:
+    """Read and check `config.json` of a checkpoint directory.
+
+    Raises:
+        UserError: no or unreadable configuration, another architecture, or a value this exporter does not know.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {directory} is not a Hugging Face checkpoint")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error}); download the checkpoint again") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a JSON object; download the checkpoint again")
+    return spec_from_config(raw, str(path))
+
+
+def spec_from_config(raw: dict[str, Any], origin: str) -> NemotronSpec:
+    """Build the spec from the content of a `config.json`; `origin` names it in errors."""
+    _check_known_values(raw, origin)
+    config = _normalised(raw, origin)
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    assert config.head_dim is not None  # filled in by transformers
+    assert config.num_key_value_heads is not None  # and by us
+    rotated = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+    spec = NemotronSpec(
+        architecture=(raw.get("architectures") or ["NemotronForCausalLM"])[0],
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        rotary_dim=2 * -(-rotated // 2),  # one frequency per pair of channels, as transformers counts them
+        rope_type=rope["rope_type"],
+        vocab=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        norm_eps=config.norm_eps,
+        activation=config.hidden_act,
+        tied=config.tie_word_embeddings,
+        config=config,
+    )
+    _check_consistent(spec, origin)
+    return spec
+
+
+def _check_known_values(raw: dict[str, Any], origin: str) -> None:
+    from transformers.activations import ACT2FN
+
+    model_type = raw.get("model_type")
+    if model_type != "nemotron":
+        raise UserError(f"{origin}: model_type is {model_type!r}; only 'nemotron' can be exported")
+    activations = sorted(set(ACT2FN) - set(LEARNED_ACTIVATIONS))
+    activation = raw.get("hidden_act", "relu2")
+    if activation not in activations:
+        raise UserError(f"{origin}: hidden_act {activation!r} is unknown; known: {', '.join(activations)}")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{origin}: the rope parameters are not a JSON object but {rope!r}; correct them")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in STATIC_ROPE_TYPES:
+        raise UserError(f"{origin}: rope type {rope_type!r} cannot be exported; known: {', '.join(STATIC_ROPE_TYPES)}")
+
+
+def _normalised(raw: dict[str, Any], origin: str) -> NemotronConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import NemotronConfig
+
+    values = dict(raw)
+    if values.get("num_key_value_heads") is None:  # absent means one per query head, which transformers does not fill
+        values["num_key_value_heads"] = values.get("num_attention_heads", NemotronConfig.num_attention_heads)
+    try:
+        return NemotronConfig.from_dict(values)
+    except (StrictDataclassError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{origin}: transformers refuses the configuration: {reason}; correct it") from error
+
+
+def _check_consistent(spec: NemotronSpec, origin: str) -> None:
+    for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "rotary_dim", "vocab"):
+        if getattr(spec, name) < 1:
+            raise UserError(f"{origin}: {name} is {getattr(spec, name)}, which must be at least 1; correct it")
+    if spec.heads % spec.kv_heads:
+        raise UserError(
+            f"{origin}: {spec.heads} attention heads cannot share {spec.kv_heads} key/value heads evenly; correct it"
+        )
+    if spec.rotary_dim > spec.head_dim:
+        raise UserError(f"{origin}: rotary width {spec.rotary_dim} exceeds head_dim {spec.head_dim}; correct it")

@@ -1,0 +1,1 @@
+"""The fused op `nemotron::PartialRopeAttention`: what it means, and each backend's form of it."""
