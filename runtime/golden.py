@@ -1,0 +1,223 @@
+"""Golden cases: steps and their logits, stored by the exporter, replayed where a bundle runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.bundle import Bundle
+from runtime.errors import CheckFailed, UserError
+from runtime.manifest import GOLDEN, Comparison
+from runtime.session import Floats, Ints, Session, open_session
+
+_STEP_ARRAYS = ("tokens", "lengths", "past_lengths", "slots", "keep", "top_ids", "top_logits")
+
+
+@dataclass(frozen=True)
+class GoldenStep:
+    """One `Session.step` and its most likely tokens.
+
+    Attributes:
+        case: what the step stands for, as in the gate: "prefill", "decode", "chunk".
+        tokens, lengths, past_lengths, slots: int64, as `Session.step` takes them.
+        keep: positions per row with logits.
+        top_ids: int64 [batch, keep, k], the k largest logits' tokens, largest first.
+        top_logits: float32 [batch, keep, k], their values.
+    """
+
+    case: str
+    tokens: Ints
+    lengths: Ints
+    past_lengths: Ints
+    slots: Ints
+    keep: int
+    top_ids: Ints
+    top_logits: Floats
+
+    @classmethod
+    def record(
+        cls,
+        case: str,
+        *,
+        tokens: Ints,
+        lengths: Ints,
+        past_lengths: Ints,
+        slots: Ints,
+        logits: Floats,
+        top: int = 16,
+    ) -> Self:
+        """The step that gave these logits, float32 [batch, keep, vocab], by its `top` largest."""
+        ids = np.argsort(-logits, axis=-1, kind="stable")[..., :top]
+        values = np.take_along_axis(logits, ids, -1)
+        return cls(case, tokens, lengths, past_lengths, slots, logits.shape[1], ids, values)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Steps to run in order on one session of `slots` × `capacity`; the largest difference that passes."""
+
+    slots: int
+    capacity: int
+    limit: float
+    steps: Sequence[GoldenStep]
+
+    def save(self, path: Path) -> None:
+        """Write the cases as a compressed npz."""
+        arrays: dict[str, NDArray[Any]] = {
+            "schema": np.array(1),
+            "slots": np.array(self.slots),
+            "capacity": np.array(self.capacity),
+            "limit": np.array(self.limit),
+            "cases": np.array([step.case for step in self.steps]),
+        }
+        for i, step in enumerate(self.steps):
+            arrays |= {f"{i}.{name}": np.asarray(getattr(step, name)) for name in _STEP_ARRAYS}
+        np.savez_compressed(path, allow_pickle=False, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read the cases.
+
+        Raises:
+            UserError: the file is damaged or of another schema.
+        """
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                if int(arrays["schema"]) != 1:
+                    raise UserError(f"{path} has another schema; upgrade nemotron-export, or export again")
+                steps = [GoldenStep(str(case), **_step_arrays(arrays, i)) for i, case in enumerate(arrays["cases"])]
+                return cls(int(arrays["slots"]), int(arrays["capacity"]), float(arrays["limit"]), steps)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} cannot be read ({error}); copy or export the bundle again") from error
+
+
+@dataclass(frozen=True)
+class SelftestResult:
+    """What a bundle did on this machine."""
+
+    evaluated_by: str
+    comparisons: list[Comparison]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison passed."""
+        return all(comparison.passed for comparison in self.comparisons)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of the command `selftest`: that of `verify`."""
+        return {
+            "schema": 1,
+            "passed": self.passed,
+            "evaluated_by": self.evaluated_by,
+            "comparisons": [comparison.to_json() for comparison in self.comparisons],
+        }
+
+
+def selftest(
+    path: str | Path, *, backend: str = "auto", device: str = "cpu", threads: int | None = None
+) -> SelftestResult:
+    """Check a bundle on this machine: every file's hash, then every golden case.
+
+    Raises:
+        UserError: the bundle cannot be opened or run, or has no golden cases.
+    """
+    bundle = Bundle.open(path)
+    golden = Golden.load(bundle.file(GOLDEN))
+    session = open_session(
+        bundle, backend=backend, device=device, slots=golden.slots, capacity=golden.capacity, threads=threads
+    )
+    comparisons = [*_compare_files(bundle), *replay(session, golden)]
+    result = SelftestResult(f"{session.backend} {session.version}", comparisons)
+    if result.passed:
+        _remember(bundle, session)
+    return result
+
+
+def replay(session: Session, golden: Golden) -> list[Comparison]:
+    """Run the golden steps on a session of at least their slots and capacity.
+
+    The value compared is the largest of |Δ| over the recorded logits, and of how far any other token's logit
+    rises above the smallest recorded one. A logit that is not finite fails.
+    """
+    return [_compare(session, step, golden.limit) for step in golden.steps]
+
+
+def prove(bundle: Bundle, session: Session) -> None:
+    """Replay the golden cases unless this bundle is known to pass on this device with this backend's version.
+
+    A bundle without golden cases (exported with --no-verify) has nothing to prove.
+
+    Raises:
+        CheckFailed: the replay differs: what this machine computes is not the exported model.
+    """
+    if not bundle.has(GOLDEN) or _record_path(bundle, session).is_file():
+        return
+    golden = Golden.load(bundle.file(GOLDEN))
+    comparisons = replay(session.reopen(slots=golden.slots, capacity=golden.capacity), golden)
+    failed = next((comparison for comparison in comparisons if not comparison.passed), None)
+    if failed is not None:
+        raise CheckFailed(
+            f"{bundle.path} on {session.backend} {session.version} is not the exported model: logits of "
+            f"{failed.case!r} differ by {failed.value}, limit {failed.limit:.1e}; "
+            "run nemotron-export selftest, then copy or export the bundle again"
+        )
+    _remember(bundle, session)
+
+
+def _compare_files(bundle: Bundle) -> Iterator[Comparison]:
+    changed = bundle.changed_files()
+    for name in bundle.manifest.files:
+        value, passed = float(name in changed), name not in changed
+        yield Comparison(name=name, case="files", metric="sha256_differs", value=value, limit=0.0, passed=passed)
+
+
+def _compare(session: Session, step: GoldenStep, limit: float) -> Comparison:
+    logits = session.step(step.tokens, step.lengths, step.past_lengths, step.slots, step.keep)
+    difference = np.abs(np.take_along_axis(logits, step.top_ids, -1) - step.top_logits).max()
+    others = logits.copy()
+    np.put_along_axis(others, step.top_ids, -np.inf, -1)
+    excess = (others.max(-1) - step.top_logits[..., -1]).max()
+    finite = bool(np.isfinite(logits).all())
+    value = max(float(difference), float(excess)) if finite else None
+    return Comparison(
+        name="logits",
+        case=step.case,
+        metric="max_abs",
+        value=value,
+        limit=limit,
+        passed=value is not None and value <= limit,
+    )
+
+
+def _step_arrays(arrays: Any, step: int) -> dict[str, Any]:
+    found = {name: arrays[f"{step}.{name}"] for name in _STEP_ARRAYS}
+    return {**found, "keep": int(found["keep"])}
+
+
+def _remember(bundle: Bundle, session: Session) -> None:
+    path = _record_path(bundle, session)
+    record = {"backend": session.backend, "version": session.version, "device": session.device}
+    with suppress(OSError):  # where nothing can be remembered, the next load checks again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps({"schema": 1, "bundle": bundle.path.name, **record}), encoding="utf-8")
+        partial.replace(path)
+
+
+def _record_path(bundle: Bundle, session: Session) -> Path:
+    """Where a pass of these files on this device with this version is remembered."""
+    hashes = sorted((name, record.sha256) for name, record in bundle.manifest.files.items())
+    key = json.dumps([hashes, session.backend, session.version, session.device])
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    cache = Path(home if Path(home).is_absolute() else os.path.expanduser("~/.cache"))
+    return cache / "nemotron-export" / "selftest" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"

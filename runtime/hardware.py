@@ -1,0 +1,31 @@
+"""What a session runs on, in words that change when it does; read from the system's files."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+
+_PROC = Path("/proc")
+
+
+def cpu_name() -> str:
+    """The processor's model and architecture: "AMD EPYC 9654 (x86_64)"."""
+    found = _search(_PROC / "cpuinfo", r"^model name\s*:\s*(.+)$")
+    return f"{found or platform.processor() or 'cpu'} ({platform.machine()})"
+
+
+def cuda_name() -> str:
+    """The NVIDIA GPUs and their driver's version: "NVIDIA L4, driver 580.82.07"."""
+    cards = sorted(_PROC.glob("driver/nvidia/gpus/*/information"))
+    gpus = (_search(card, r"^Model:\s*(.+)$") for card in cards)
+    driver = _search(_PROC / "driver/nvidia/version", r"Kernel Module\b.*?\s(\d[\d.]*)\s")
+    return f"{', '.join(filter(None, gpus)) or 'NVIDIA GPU'}, driver {driver or 'unknown'}"
+
+
+def _search(path: Path, pattern: str) -> str | None:
+    try:
+        match = re.search(pattern, path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    except OSError:
+        return None
+    return match.group(1).strip() if match else None

@@ -1,0 +1,182 @@
+"""`manifest.json`: what a bundle is, where it came from, what was checked, and every file beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+from runtime.errors import UserError
+from runtime.records import Record
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+GOLDEN = "golden.npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Record):
+    """The checkpoint: its name, and the sha256 over its sorted tensors."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec(Record):
+    """A graph input or output; dtype is numpy's name, a symbolic dimension is text."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph(Record):
+    """The graph's tensors, in its order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassRecord(Record):
+    """A pass that ran and how many places it changed."""
+
+    name: str
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowering(Record):
+    """The form the fused op took, and what could not take it."""
+
+    attention: str
+    fallbacks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Record):
+    """A measured difference and its limit; `value` None is one that is not finite, and never passes."""
+
+    name: str
+    case: str
+    metric: str
+    value: float | None
+    limit: float
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity(Record):
+    """The gate's verdict and everything it compared."""
+
+    evaluated_by: str
+    passed: bool
+    comparisons: tuple[Comparison, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord(Record):
+    """A file's content: hexadecimal sha256 and length in bytes."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Record):
+    """`manifest.json`: what the bundle is, where it came from, what was checked, and every file beside it."""
+
+    schema: int = SCHEMA
+    tool: str
+    created: str
+    source: Source
+    task: str
+    target: str
+    precision: str
+    opset: int
+    max_length: int
+    graph: Graph
+    passes: tuple[PassRecord, ...] = ()
+    lowering: Lowering | None = None
+    parity: Parity | None = None
+    quality: dict[str, Any] | None = None
+    engines: tuple[dict[str, Any], ...] = ()
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read the manifest of a bundle's directory.
+
+        Raises:
+            UserError: no manifest, not JSON, another schema, a missing or mistyped field, or a file outside.
+        """
+        path = directory / MANIFEST
+        data = read_json(path)
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else None
+            raise UserError(
+                f"{path} has schema {found!r}, this version reads {SCHEMA}; "
+                "upgrade nemotron-export, or export the bundle again"
+            )
+        manifest = cls.from_json(data, str(path))
+        for name in manifest.files:
+            _check_inside(directory, name)
+        if manifest.max_length < 1:
+            raise UserError(f"{path}.max_length should be at least 1, found {manifest.max_length}")
+        return manifest
+
+    def save(self, directory: Path) -> None:
+        """Replace the manifest that is there: a reader sees the old or the new, never half of one.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        path = directory / MANIFEST
+        partial = directory / f"{MANIFEST}.{os.getpid()}.partial"
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            reason = f"cannot write {path}: {error.strerror}"
+            raise UserError(f"{reason}; free space or choose another place") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        UserError: missing, unreadable, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; copy or export the bundle again") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); copy or export the bundle again") from error
+
+
+def _check_inside(directory: Path, name: str) -> None:
+    """Refuse a file name that could lead out of the bundle, by its own words or through a link."""
+    pure = PurePosixPath(name)
+    plain = bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts and "\\" not in name
+    if not plain or not (directory / name).resolve().is_relative_to(directory.resolve()):
+        raise UserError(
+            f"{directory / MANIFEST} names {name!r}, which leads out of the bundle; "
+            "copy the bundle with its files (cp -rL) instead of links"
+        )

@@ -1,0 +1,37 @@
+import subprocess
+import sys
+from pathlib import Path
+
+FOREIGN = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "exporter")
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_generating_needs_neither_torch_nor_transformers(bundle_dir: Path) -> None:
+    """What the deployment machine has installed: everything else is made to fail on import."""
+    code = f"""
+import sys
+for name in {FOREIGN}: sys.modules[name] = None
+from runtime import load
+model = load({str(bundle_dir)!r})
+chat = model.encode_chat([{{"role": "user", "content": "Mars?"}}])
+print(len(model.generate(["Mars", chat], max_new_tokens=3, temperature=1.0).sequences))
+"""
+    assert python(code).strip() == "2"
+
+
+def test_importing_the_runtime_is_quick() -> None:
+    code = """
+import time, sys
+import numpy, onnxruntime
+started = time.perf_counter()
+import runtime, runtime.bundle, runtime.generate, runtime.golden, runtime.session, runtime.text_generation
+print(time.perf_counter() - started)
+print("jinja2" in sys.modules, "tokenizers" in sys.modules)
+"""
+    seconds, heavy = min((python(code).splitlines() for _ in range(3)), key=lambda lines: float(lines[0]))
+    assert float(seconds) < 0.3
+    assert heavy == "False False"

@@ -1,0 +1,127 @@
+"""A bundle from `load` to text; the oracle is transformers' own `generate`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from runtime import load
+from runtime.errors import UserError
+from runtime.text_generation import TextGenerator
+
+PROMPTS = ["Our solar", "Mars is red with rust. Jupiter", "日"]
+
+
+@pytest.fixture
+def model(bundle_dir: Path) -> TextGenerator:
+    return load(bundle_dir)
+
+
+def oracle(reference: transformers.NemotronForCausalLM, ids: list[int], count: int, **options: Any) -> list[int]:
+    options = {"do_sample": False, "eos_token_id": [2, 319], "pad_token_id": 0} | options
+    return reference.generate(torch.tensor([ids]), max_new_tokens=count, **options)[0, len(ids) :].tolist()
+
+
+def test_greedy_text_is_that_of_transformers(model: TextGenerator, reference: transformers.NemotronForCausalLM) -> None:
+    result = model.generate(PROMPTS, max_new_tokens=40)
+    assert result.backend == "onnxruntime-cpu"
+    for prompt, row in zip(PROMPTS, result.sequences, strict=True):
+        ids = model.tokenizer.encode(prompt)
+        assert row.token_ids == oracle(reference, ids, 40)
+        assert row.prompt_tokens == len(ids)
+
+
+def test_the_repetition_penalty_is_that_of_transformers(
+    model: TextGenerator, reference: transformers.NemotronForCausalLM
+) -> None:
+    ids = model.tokenizer.encode(PROMPTS[1])
+    row = model.generate([ids], max_new_tokens=30, repetition_penalty=1.3).sequences[0]
+    assert row.token_ids == oracle(reference, ids, 30, repetition_penalty=1.3)
+
+
+def test_prompts_may_be_texts_or_ids_one_or_many(model: TextGenerator) -> None:
+    ids = model.tokenizer.encode("Mars")
+    expected = model.generate("Mars", max_new_tokens=4).sequences
+    for prompts in (["Mars"], ids, [ids], np.array(ids)):
+        assert model.generate(prompts, max_new_tokens=4).sequences == expected
+    assert model.generate([ids, "Mars"], max_new_tokens=4).sequences == expected * 2
+
+
+def test_two_running_texts_do_not_disturb_each_other(model: TextGenerator) -> None:
+    expected = [model.generate(prompt, max_new_tokens=12).sequences[0].token_ids for prompt in PROMPTS[:2]]
+    streams = [model.stream(prompt, max_new_tokens=12) for prompt in PROMPTS[:2]]
+    tokens: list[list[int]] = [[], []]
+    for events in zip(*streams, strict=True):
+        for row, event in zip(tokens, events, strict=True):
+            row.append(event.token_id)
+    assert tokens == expected
+
+
+def test_prefill_in_chunks_gives_the_same_text(model: TextGenerator) -> None:
+    expected = model.generate(PROMPTS, max_new_tokens=12)
+    chunked = model.generate(PROMPTS, max_new_tokens=12, prefill_chunk=3)
+    assert chunked.sequences == expected.sequences
+
+
+def test_the_bundle_ends_what_its_length_allows(model: TextGenerator) -> None:
+    row = model.generate([[5] * 90], max_new_tokens=50, ignore_eos=True).sequences[0]
+    assert (len(row.token_ids), row.finish_reason) == (7, "length")
+    row = model.generate([[5] * 4], max_new_tokens=50, ignore_eos=True, max_length=10).sequences[0]
+    assert (len(row.token_ids), row.finish_reason) == (7, "length")
+
+
+def test_eos_ends_a_text_unless_ignored(
+    bundle_copy: Path,
+    model: TextGenerator,
+    reference: transformers.NemotronForCausalLM,
+    redescribe: Callable[[Path], None],
+) -> None:
+    tokens = model.generate("Mars", max_new_tokens=9).sequences[0].token_ids
+    (bundle_copy / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens[3]}))
+    redescribe(bundle_copy)
+    early = load(bundle_copy)
+    expected = oracle(reference, early.tokenizer.encode("Mars"), 9, eos_token_id=tokens[3])
+    row = early.generate("Mars", max_new_tokens=9).sequences[0]
+    assert (row.token_ids, row.finish_reason) == (expected, "eos")
+    row = early.generate("Mars", max_new_tokens=9, ignore_eos=True).sequences[0]
+    assert (row.token_ids, row.finish_reason) == (tokens, "length")
+
+
+def test_a_single_stop_string_is_not_taken_apart(model: TextGenerator) -> None:
+    text = model.generate("Mars", max_new_tokens=20).sequences[0].text
+    stop = next(text[n : n + 2] for n in range(6, 20) if text[n : n + 2].isascii())
+    row = model.generate("Mars", max_new_tokens=20, stop=stop).sequences[0]
+    assert (row.text, row.finish_reason) == (text[: text.index(stop)], "stop")
+
+
+def test_a_conversation_is_a_prompt(model: TextGenerator) -> None:
+    ids = model.encode_chat([{"role": "user", "content": "Mars?"}])
+    assert model.generate([ids], max_new_tokens=3).sequences[0].prompt_tokens == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ("", {}, "a prompt is empty"),
+        (["Mars", ""], {}, "a prompt is empty"),
+        ([], {}, "there is no prompt"),
+        ([[]], {}, "prompt 1 is empty"),
+        ([[5] * 97], {}, "prompt 1 has 97 tokens, the capacity is 96"),
+        ([[5] * 11], {"max_length": 10}, "prompt 1 has 11 tokens, the capacity is 10"),
+        ([[5, 320]], {}, "token id 320 is outside the vocabulary of 320"),
+        ("Mars", {"temperature": -1.0}, "temperature should be 0"),
+        ("Mars", {"top_p": 0.0}, "top_p should be above 0"),
+        ("Mars", {"max_length": 97}, r"max_length should be within 1\.\.96"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(
+    model: TextGenerator, prompts: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        model.generate(prompts, **options)
+    assert "\n" not in str(error.value)
