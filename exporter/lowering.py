@@ -110,11 +110,9 @@ class _MaskContract:
     def _poison_left_padding(self) -> None:
         first = self._op("Gather", self.mask, self._const("first", [0]), axis=1)  # [batch, 1]
         padded = self._op("Equal", self._op("Unsqueeze", first, self._const("axis_2", [2])), self._const("zero", 0))
-        nan, nothing = self._const("nan", np.float32(np.nan)), self._const("nothing", np.float32(0))
-        poison = self._op("Where", padded, nan, nothing)  # [batch, 1, 1]
 
         logits = next(value for value in self.graph.outputs if value.name == LOGITS)
-        checked = self.after.op("Add", [logits, poison])
+        checked = self.after.op("Where", [padded, self._const("nan", np.float32(np.nan)), logits])
         assert logits.shape is not None
         # Declared 1, the default: a symbolic dimension beside an optional input was refused by a consumer.
         checked.shape, checked.type = ir.Shape(["batch", 1, logits.shape[-1]]), logits.type

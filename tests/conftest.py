@@ -1,0 +1,36 @@
+"""What all tests share: the trained checkpoint, a bundle of it, and a cache directory of each test's own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+TINY = Path(__file__).parents[1] / "artifacts" / "tiny-nemotron"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test proves, no other may find remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint() -> Path:
+    """The trained checkpoint that the repository carries. Tests must not write into it."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained checkpoint, exported and gated. Tests must not write into it: `tiny_bundle_copy` is a copy."""
+    from exporter.export import ExportOptions, export
+
+    return export(TINY, tmp_path_factory.mktemp("exported") / "tiny", ExportOptions()).bundle
+
+
+@pytest.fixture
+def tiny_bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle that a test may break."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))

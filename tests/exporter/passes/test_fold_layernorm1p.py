@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from exporter.passes.base import PassFailed
+from exporter.passes.fold_layernorm1p import FoldLayerNorm1P
+from exporter.recipe import recipe_of
+
+
+def test_a_norm_that_adds_another_number_is_not_taken_for_layernorm1p(traced: Any) -> None:
+    spec, model = traced()
+    add = next(n for n in model.graph if n.op_type == "LayerNormalization").inputs[1].producer()
+    add.replace_input_with(1, ir.val("two", const_value=ir.tensor(2.0, name="two")))
+    with pytest.raises(PassFailed, match="adds something other than one"):
+        FoldLayerNorm1P(spec.layers)(model)
+
+
+def test_a_norm_that_is_missing_stops_the_export(traced: Any) -> None:
+    spec, model = traced()
+    with pytest.raises(PassFailed, match=r"fold_layernorm1p: folded 5 norms where the model has 7"):
+        FoldLayerNorm1P(spec.layers + 1)(model)
+
+
+def test_the_one_is_remembered_for_the_weight_it_belongs_to(traced: Any) -> None:
+    spec, model = traced()
+    assert FoldLayerNorm1P(spec.layers)(model).count == 5
+    scales = [node.inputs[1] for node in model.graph if node.op_type == "LayerNormalization"]
+    assert [recipe_of(scale).plus_one for scale in scales] == [True] * 5
+    assert recipe_of(scales[-1]).tensor == "model.norm.weight"
