@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from runtime.bundle import Bundle
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, past_names, present_names
-from runtime.errors import UserError
+from runtime.errors import CheckFailed, UserError
 from runtime.hardware import cpu_name, cuda_name
 from runtime.kv_cache import KVCache, numpy_dtype
 from runtime.manifest import MODEL
@@ -92,12 +92,22 @@ class OrtSession:
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         if logits.shape[1] == 1:
             binding.bind_output(LOGITS, "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
-            self._model.run_with_iobinding(binding)
+            self._execute(binding)
             return
         # The graph declares one row of logits and ONNX Runtime refuses a larger buffer: let it make its own.
         binding.bind_output(LOGITS, "cpu")
-        self._model.run_with_iobinding(binding)
+        self._execute(binding)
         logits[...] = binding.get_outputs()[0].numpy()
+
+    def _execute(self, binding: IOBinding) -> None:
+        try:
+            self._model.run_with_iobinding(binding)
+        except RuntimeError as error:  # what onnxruntime raises when an operator refuses its inputs
+            reason = " ".join(str(error).split())[:300]
+            raise CheckFailed(
+                f"{self.backend} cannot run a step of {self._bundle.path}: {reason}; "
+                "run nemotron-export selftest, then copy or export the bundle again"
+            ) from error
 
     def _binding(self, first_slot: int, batch: int) -> IOBinding:
         """The binding of past and present to `batch` cache rows from `first_slot` on; made once."""

@@ -82,8 +82,10 @@ class FusePartialRopeAttention(GraphPass):
             raise self.fail(
                 f"{len(attentions)} attentions and {len(rotaries)} rotations do not share one mask, cos and sin"
             )
-        past, sequence = 2, 3
-        keep = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+        past = min(2, len(self.cos) - 1)
+        sequence = min(3, len(self.cos) - past)
+        keep = np.ones((2, past + sequence), np.int64)
+        keep[1, -1] = 0
         cache = np.zeros((2, self.spec.kv_heads, past, self.spec.head_dim), np.float32)
         feeds: dict[str, NDArray[np.generic]] = {
             ATTENTION_MASK: keep,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,13 +238,3 @@ def bundle_copy(bundle_dir: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def session(bundle_dir: Path) -> OrtSession:
     return OrtSession(Bundle.open(bundle_dir), slots=4, capacity=48)
-
-
-@pytest.fixture
-def redescribe() -> Callable[[Path], None]:
-    """Records a bundle's files as they are now, as an exporter with a bug would."""
-
-    def write(directory: Path) -> None:
-        replace(Manifest.load(directory), files=describe_files(directory)).save(directory)
-
-    return write

@@ -1,8 +1,8 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from corruptions import redescribe
 
 from runtime.bundle import Bundle, CacheGeometry, describe_files
 from runtime.errors import CheckFailed, UserError
@@ -75,7 +75,6 @@ def test_a_file_the_manifest_does_not_name_is_not_used(bundle_copy: Path) -> Non
 def test_a_text_ends_where_the_checkpoint_says(
     *,
     bundle_copy: Path,
-    redescribe: Callable[[Path], None],
     generation: dict[str, object] | None,
     config: object,
     expected: set[int],

@@ -1,11 +1,11 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from corruptions import redescribe
 from onnx import numpy_helper
 
 from runtime import load
@@ -13,8 +13,6 @@ from runtime.bundle import Bundle
 from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden, GoldenStep, prove, replay, selftest
 from runtime.ort_session import OrtSession
-
-Redescribe = Callable[[Path], None]
 
 
 def break_weights(directory: Path, value: float) -> None:
@@ -45,7 +43,7 @@ def test_a_whole_bundle_passes_its_selftest(bundle_dir: Path) -> None:
     assert all(set(c) == {"name", "case", "metric", "value", "limit", "passed"} for c in data["comparisons"])
 
 
-def test_a_wrong_model_fails_its_selftest_and_does_not_load(bundle_copy: Path, redescribe: Redescribe) -> None:
+def test_a_wrong_model_fails_its_selftest_and_does_not_load(bundle_copy: Path) -> None:
     break_weights(bundle_copy, -1.0)  # the +1 of LayerNorm1P, forgotten in one layer
     redescribe(bundle_copy)
     result = selftest(bundle_copy)
@@ -56,7 +54,7 @@ def test_a_wrong_model_fails_its_selftest_and_does_not_load(bundle_copy: Path, r
             load(bundle_copy)
 
 
-def test_a_model_that_gives_no_numbers_fails(bundle_copy: Path, redescribe: Redescribe) -> None:
+def test_a_model_that_gives_no_numbers_fails(bundle_copy: Path) -> None:
     break_weights(bundle_copy, np.nan)
     redescribe(bundle_copy)
     failed = [c for c in selftest(bundle_copy).comparisons if not c.passed]
@@ -132,7 +130,7 @@ def test_a_pass_is_remembered_for_these_files_on_this_device_with_this_version(
 
 
 def test_other_files_prove_themselves_anew(
-    bundle_dir: Path, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, redescribe: Redescribe
+    bundle_dir: Path, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(bundle_dir)
     break_weights(bundle_copy, 0.01)
@@ -150,9 +148,7 @@ def test_a_cache_directory_that_cannot_be_written_is_no_obstacle(
     assert selftest(bundle_dir).passed
 
 
-def test_a_bundle_exported_without_the_gate_loads_but_has_no_selftest(
-    bundle_copy: Path, redescribe: Redescribe
-) -> None:
+def test_a_bundle_exported_without_the_gate_loads_but_has_no_selftest(bundle_copy: Path) -> None:
     (bundle_copy / "golden.npz").unlink()
     redescribe(bundle_copy)
     load(bundle_copy)

@@ -1,7 +1,6 @@
 """Opening a session: what is refused, and what happens on a GPU as far as a CPU can tell."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from corruptions import redescribe
 
 from runtime.bundle import Bundle
 from runtime.contract import past_names, present_names
@@ -16,7 +16,6 @@ from runtime.errors import UserError
 from runtime.ort_session import OrtSession
 from runtime.session import open_session
 
-Redescribe = Callable[[Path], None]
 PROVIDERS = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
@@ -41,7 +40,7 @@ def test_a_bundle_for_something_else_is_refused(bundle_dir: Path, field: str, va
         open_session(other)
 
 
-def test_a_graph_that_does_not_load_is_named(bundle_copy: Path, redescribe: Redescribe) -> None:
+def test_a_graph_that_does_not_load_is_named(bundle_copy: Path) -> None:
     model = bundle_copy / "model.onnx"
     model.write_bytes(b"\x08" + model.read_bytes()[1:200])
     redescribe(bundle_copy)

@@ -1,7 +1,6 @@
 """A bundle from `load` to text; the oracle is transformers' own `generate`."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from corruptions import redescribe
 
 from runtime import load
 from runtime.errors import UserError
@@ -76,10 +76,7 @@ def test_the_bundle_ends_what_its_length_allows(model: TextGenerator) -> None:
 
 
 def test_eos_ends_a_text_unless_ignored(
-    bundle_copy: Path,
-    model: TextGenerator,
-    reference: transformers.NemotronForCausalLM,
-    redescribe: Callable[[Path], None],
+    bundle_copy: Path, model: TextGenerator, reference: transformers.NemotronForCausalLM
 ) -> None:
     tokens = model.generate("Mars", max_new_tokens=9).sequences[0].token_ids
     (bundle_copy / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens[3]}))
