@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from transformers import DynamicCache, NemotronForCausalLM
 from transformers.cache_utils import DynamicLayer
 from transformers.models.nemotron.modeling_nemotron import NemotronRotaryEmbedding
 
+from exporter.passes.clean_up import CleanUp
 from exporter.spec import NemotronSpec
+from exporter.stack import stack_layers
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, past_names, present_names
 
 OPSET = 23
@@ -47,11 +50,20 @@ def trace(spec: NemotronSpec) -> ir.Model:
     """Trace the causal LM that the spec describes.
 
     No weight is in memory: the module lives on the meta device, and the weights of the returned model are initializers
-    without a value, called as in the checkpoint. Inputs are `input_ids`, `attention_mask` and a cache that grows.
+    without a value, called as in the checkpoint. One layer is traced and repeated, so the time does not grow with the
+    depth. Inputs are `input_ids`, `attention_mask` and a cache that grows.
 
     Returns:
-        A model of opset 23, as torch.onnx writes it.
+        A model of opset 23, as torch.onnx writes it, constants folded.
     """
+    model = trace_whole(replace(spec, layers=1))
+    CleanUp()(model)
+    stack_layers(model, spec.layers)
+    return model
+
+
+def trace_whole(spec: NemotronSpec) -> ir.Model:
+    """Trace every layer; seconds for each."""
     model = meta_module(spec)
     batch, sequence, past = 2, 3, 5
     with torch.device("meta"):
@@ -83,7 +95,7 @@ def trace(spec: NemotronSpec) -> ir.Model:
 
 def meta_module(spec: NemotronSpec) -> NemotronForCausalLM:
     """The causal LM on the meta device: names and shapes of every weight, and no memory for any."""
-    config = type(spec.config).from_dict(spec.config.to_dict())
+    config = type(spec.config).from_dict({**spec.config.to_dict(), "num_hidden_layers": spec.layers})
     config._attn_implementation = "sdpa"  # traces to one Attention node per layer
     with torch.device("meta"):
         model = NemotronForCausalLM(config)

@@ -20,7 +20,6 @@ def pipeline(spec: NemotronSpec, cos: NDArray[np.float32], sin: NDArray[np.float
     """The passes in order; cos and sin are the rotary tables, float32 [max_length, rotary_dim/2]."""
     return [
         FoldLayerNorm1P(spec.layers),
-        CleanUp(),
         FusePartialRopeAttention(spec, cos, sin),
         RequestedLogits(),
         SquareRelu(spec.layers if spec.activation == "relu2" else 0),
