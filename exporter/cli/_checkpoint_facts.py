@@ -1,0 +1,113 @@
+"""What a checkpoint's configuration and safetensors headers say, read with the standard library alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from exporter.checkpoint import INDEX, SINGLE
+from runtime.errors import UserError
+from runtime.manifest import CONFIG
+
+_MAX_HEADER = 100_000_000  # bytes, the safetensors format's own limit
+
+_NUMBERS = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocabulary": "vocab_size",
+    "max_positions": "max_position_embeddings",
+    "activation": "hidden_act",
+    "tied_embeddings": "tie_word_embeddings",
+}
+
+
+def describe_checkpoint(path: Path) -> dict[str, Any]:
+    """The JSON object of `inspect` for a checkpoint directory.
+
+    The configuration is shown as it is written, not as transformers completes it: that is `exporter.spec`'s.
+
+    Raises:
+        UserError: the configuration or a header cannot be read, or a weight file is missing or truncated.
+    """
+    config = _read_object(path / CONFIG)
+    headers = {name: read_header(path / name) for name in _weight_files(path)}
+    tensors = [tensor for header in headers.values() for tensor in header]
+    dtypes = Counter(dtype for dtype, _ in tensors)
+    files = {name: (path / name).stat().st_size for name in headers}
+    return {
+        "schema": 1,
+        "kind": "checkpoint",
+        "path": str(path),
+        "model_type": config.get("model_type"),
+        "architecture": _architecture(config),
+        "parameters": sum(count for _, count in tensors),
+        "tensors": len(tensors),
+        "dtypes": dict(dtypes.most_common()),
+        "bytes": sum(files.values()),
+        "files": files,
+    }
+
+
+def read_header(path: Path) -> list[tuple[str, int]]:
+    """Dtype and number of elements of each tensor in a safetensors file.
+
+    The format: 8 bytes, little endian, the header's length; the header, JSON; the tensors' bytes
+    (https://huggingface.co/docs/safetensors).
+
+    Raises:
+        UserError: the file is missing, no safetensors, or shorter or longer than its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, _MAX_HEADER)))
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        tensors = [(str(entry["dtype"]), prod(map(int, entry["shape"]))) for entry in entries]
+        expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: the checkpoint is incomplete; download it again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{path} is no safetensors file ({error!r}); download it again") from error
+    if (found := path.stat().st_size) != expected:
+        raise UserError(f"{path} has {found} bytes, its header says {expected}; download it again")
+    return tensors
+
+
+def _weight_files(path: Path) -> list[str]:
+    if (path / INDEX).is_file():
+        weights = _read_object(path / INDEX).get("weight_map")
+        names = set(weights.values()) if isinstance(weights, dict) else {None}
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise UserError(f"{path / INDEX} has no weight_map of files beside it; download it again")
+        return sorted(map(str, names))
+    if (path / SINGLE).is_file():
+        return [SINGLE]
+    raise UserError(f"{path} has neither {SINGLE} nor {INDEX}; convert the checkpoint to safetensors")
+
+
+def _architecture(config: dict[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope if isinstance(rope, dict) else {}
+    found = {name: config.get(key) for name, key in _NUMBERS.items()}
+    found["class"] = ", ".join(map(str, config.get("architectures") or [])) or None
+    found["rotary_factor"] = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    found["rope_theta"] = rope.get("rope_theta", config.get("rope_theta"))
+    found["rope_type"] = rope.get("rope_type", rope.get("type"))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); download the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object; download the checkpoint again")
+    return value

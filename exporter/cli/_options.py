@@ -1,0 +1,137 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from runtime.text_generation import Options
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+BACKENDS = ("auto", "onnxruntime")
+DEVICES = ("cpu", "cuda")
+
+PATH = click.Path(path_type=Path)
+
+
+def _checkpoint(_ctx: click.Context, _param: click.Parameter, value: Path) -> Path:
+    from runtime.errors import UserError
+
+    if not value.is_dir():
+        raise UserError(f"{value} is not a directory; download the checkpoint first (`hf download …`)")
+    return value
+
+
+# Looked at before torch is imported: a mistyped path should not take seconds.
+checkpoint_argument = click.argument("checkpoint", type=PATH, callback=_checkpoint)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+backend_options = _all(
+    click.option(
+        "--backend",
+        type=click.Choice(BACKENDS),
+        default="auto",
+        show_default=True,
+        help="What runs the graph; auto takes the best there is.",
+    ),
+    click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="Where it runs."),
+    click.option("--threads", type=click.IntRange(min=1), help="Threads within an operator.  [default: one per core]"),
+)
+
+sampling_options = _all(
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        default=256,
+        show_default=True,
+        help="Tokens to add at most.",
+    ),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(min=0),
+        help="Sample, with logits divided by this; 0 is greedy.",
+    ),
+    click.option("--top-k", type=click.IntRange(min=0), help="Sample among the k most likely tokens; 0 is all."),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        help="Sample among the most likely tokens that together reach this probability.",
+    ),
+    click.option(
+        "--min-p",
+        type=click.FloatRange(min=0, max=1),
+        help="Sample among tokens at least this fraction as likely as the most likely.",
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Above 1, makes tokens seen before less likely.",
+    ),
+    click.option("--seed", type=click.IntRange(min=0), help="Repeat the same draws."),
+    click.option("--greedy", is_flag=True, help="Take the most likely token, whatever the bundle's default."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End at this text, which is left out; repeatable."),
+    click.option(
+        "--max-length",
+        type=click.IntRange(min=1),
+        help="Tokens a row may hold, prompt included.  [default and maximum: the bundle's]",
+    ),
+)
+
+
+def generation_options(flags: dict[str, Any]) -> Options:
+    """What the command line asked for, as the runtime takes it.
+
+    Raises:
+        click.UsageError: greedy and sampling are asked for at once.
+    """
+    if flags["greedy"]:
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            if flags[name] is not None:
+                raise click.UsageError(
+                    f"--greedy does not sample, so --{name.replace('_', '-')} means nothing; drop one"
+                )
+    options: Options = {
+        "max_new_tokens": flags["max_new_tokens"],
+        "greedy": flags["greedy"],
+        "temperature": flags["temperature"],
+        "top_k": flags["top_k"],
+        "top_p": flags["top_p"],
+        "min_p": flags["min_p"],
+        "repetition_penalty": flags["repetition_penalty"],
+        "seed": flags["seed"],
+        "stop": flags["stop"],
+        "max_length": flags["max_length"],
+    }
+    return options
+
+
+def checked_text(text: str, what: str) -> str:
+    """Text that a tokenizer can take.
+
+    Raises:
+        UserError: it is empty, or holds bytes that are not UTF-8.
+    """
+    from runtime.errors import UserError
+
+    if not text:
+        raise UserError(f"{what} is empty; give some text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} is not UTF-8 ({text[error.start : error.end]!a}); convert it") from error
+    return text

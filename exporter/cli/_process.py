@@ -1,0 +1,60 @@
+"""What the command line asks of its process: that our modules are ours, and that being ended tidies up."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+
+_PACKAGES = ("exporter", "runtime", "plugins")
+_ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Terminated(KeyboardInterrupt):
+    """The process is asked to end, which is not the user's Ctrl-C but tidies up alike."""
+
+
+@contextmanager
+def interrupt_on_termination() -> Iterator[None]:
+    """Within the body SIGTERM and SIGHUP raise `Terminated`, so that temporary directories are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # One that is ignored (nohup) stays ignored.
+    taken = [ending for ending in _ENDINGS if signal.getsignal(ending) is signal.SIG_DFL]
+    for ending in taken:
+        signal.signal(ending, _terminate)
+    try:
+        yield
+    finally:
+        for ending in taken:
+            signal.signal(ending, signal.SIG_DFL)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def shadowing(root: Path = Path(__file__).parents[2]) -> str | None:
+    """Say which of our three packages Python would import from elsewhere than this installation's `root`."""
+    for name in _PACKAGES:
+        expected = (root / name / "__init__.py").resolve()
+        try:
+            spec = find_spec(name)
+        except ValueError:  # a module without a spec took the name
+            spec = None
+        if spec is None:
+            return f"the package {name!r} is missing beside {root / 'exporter'}; install nemotron-export again"
+        places = list(spec.submodule_search_locations or [])
+        found = spec.origin or (places[0] if places else "an unknown place")
+        if not spec.origin or Path(spec.origin).resolve() != expected:
+            return (
+                f"{found} shadows the {name!r} of nemotron-export in {root}; rename or uninstall it, or take "
+                f"it off PYTHONPATH ({sys.prefix} is the environment)"
+            )
+    return None

@@ -1,0 +1,79 @@
+"""`demo`: the whole path on the small checkpoint that comes with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from exporter.cli._console import note, stages, writing
+from exporter.cli._options import PATH
+from exporter.cli.export import print_export
+from exporter.cli.generate import stream_text, summary
+
+NAME = "tiny-nemotron"
+PROMPT = "Complete the paragraph: our solar system is"
+
+
+@click.command()
+@click.argument("bundle", type=PATH, required=False)
+def demo(bundle: Path | None) -> None:
+    """Export, check and run the small Nemotron that comes along.
+
+    The bundle is temporary unless BUNDLE says where to keep it.
+
+    \b
+    nemotron-export demo
+    nemotron-export demo ./bundle && nemotron-export chat ./bundle
+    """
+    from exporter.export import ExportOptions, export
+    from runtime import load
+
+    checkpoint = embedded_checkpoint()
+    with _destination(bundle) as destination, writing(destination):
+        click.echo(f"{click.style('export', bold=True)} {checkpoint}")
+        with stages() as progress:
+            # A bundle of the demo's own may be replaced: that is what running the demo twice means.
+            result = export(checkpoint, destination, ExportOptions(force=destination.exists()), progress)
+        print_export(result)
+        click.echo(click.style(f"\n{PROMPT}", bold=True), nl=False)
+        generation = load(destination).stream(PROMPT, max_new_tokens=96, greedy=True)
+        stream_text(generation)
+        note(summary(generation.result()))
+        if bundle is not None:
+            click.echo(f"next: nemotron-export chat {bundle}")
+
+
+def embedded_checkpoint() -> Path:
+    """The checkpoint in the installed package, or in the source tree.
+
+    Raises:
+        UserError: neither has it.
+    """
+    from runtime.errors import UserError
+
+    package = Path(__file__).parents[1]
+    places = (package / "data" / NAME, package.parent / "artifacts" / NAME)
+    found = next((place for place in places if (place / "config.json").is_file()), None)
+    if found is None:
+        raise UserError(f"{places[0]} is missing; install nemotron-export again")
+    return found
+
+
+@contextmanager
+def _destination(bundle: Path | None) -> Iterator[Path]:
+    """Where the bundle goes: the given place if it is free or holds an earlier demo, else a temporary one."""
+    import tempfile
+
+    from runtime.errors import UserError
+    from runtime.manifest import MANIFEST, Manifest
+
+    if bundle is None:
+        with tempfile.TemporaryDirectory(prefix="nemotron-export-demo-") as directory:
+            yield Path(directory) / NAME
+        return
+    if (bundle / MANIFEST).is_file() and (source := Manifest.load(bundle).source.name) != NAME:
+        raise UserError(f"{bundle} is a bundle of {source}, not the demo's; choose another place")
+    yield bundle

@@ -1,0 +1,52 @@
+"""`verify`: a bundle against the checkpoint it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from exporter.cli._console import emit_json, print_comparisons, stages
+from exporter.cli._options import PATH, checkpoint_argument, json_option
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@checkpoint_argument
+@json_option
+def verify(bundle: Path, checkpoint: Path, as_json: bool) -> None:
+    """Compare BUNDLE with CHECKPOINT as transformers runs it.
+
+    Logits, cache and greedy tokens are compared; exit code 1 where they differ. On a machine without torch,
+    `selftest` checks the bundle by itself.
+
+    \b
+    nemotron-export verify ./bundle ./Nemotron-Mini-4B-Instruct
+    """
+    from runtime.bundle import Bundle
+    from runtime.errors import CheckFailed
+
+    Bundle.open(bundle)  # before torch is imported
+    from exporter.verify import verify as compare
+
+    with stages() as progress:
+        parity = compare(bundle, checkpoint, progress)
+    if as_json:
+        emit_json(
+            {
+                "schema": 1,
+                "passed": parity.passed,
+                "evaluated_by": parity.evaluated_by,
+                "comparisons": [comparison.to_json() for comparison in parity.comparisons],
+            }
+        )
+    else:
+        print_comparisons(parity.comparisons)
+    failed = sum(not comparison.passed for comparison in parity.comparisons)
+    if not parity.passed:
+        raise CheckFailed(
+            f"{bundle} differs from {checkpoint} in {failed} of {len(parity.comparisons)} comparisons on "
+            f"{parity.evaluated_by}; export it again, and check that it is that checkpoint's"
+        )
+    if not as_json:
+        click.echo(f"passed: {bundle} is {checkpoint}, on {parity.evaluated_by}")

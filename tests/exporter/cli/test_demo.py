@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from exporter.cli.demo import embedded_checkpoint
+from runtime.manifest import Graph, Manifest, Source
+
+
+def manifest(name: str) -> Manifest:
+    return Manifest(
+        tool="t", created="c", source=Source(name=name, fingerprint="f"), task="text-generation",
+        target="onnxruntime", precision="fp32", opset=21, max_length=8, graph=Graph(inputs=(), outputs=()),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def exporter(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[Any]:
+    """Stands for `exporter.export`: writes a manifest and notes what it was asked for."""
+    asked: list[Any] = []
+
+    def export(checkpoint: Path, bundle: Path, options: Any, progress: Any) -> Any:
+        asked.append((checkpoint, bundle, options))
+        bundle.mkdir(exist_ok=True)
+        manifest(checkpoint.name).save(bundle)
+        progress("trace", 0, 1)
+        return SimpleNamespace(bundle=bundle, seconds={"trace": 1.0}, peak_rss_mb=1.0, manifest=manifest("tiny"))
+
+    module = ModuleType("exporter.export")
+    module.export = export  # type: ignore[attr-defined]
+    module.ExportOptions = lambda **options: options  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "exporter.export", module)
+    model.answers = [[" a family", " of planets."], [" a family", " of planets."]]
+    return asked
+
+
+def test_the_demo_exports_the_embedded_checkpoint_and_lets_it_speak(cli, exporter, model):
+    outcome = cli("demo")
+    assert outcome.code == 0
+    assert "Complete the paragraph: our solar system is a family of planets.\n" in outcome.out
+    assert exporter[0][0] == embedded_checkpoint()
+    assert model.loaded["path"] == exporter[0][1]
+    assert model.options["greedy"] is True
+
+
+def test_nothing_is_left_behind_unless_a_place_is_given(cli, exporter, tmp_path):
+    cli("demo")
+    assert not exporter[0][1].parent.exists()
+    outcome = cli("demo", tmp_path / "kept")
+    assert (tmp_path / "kept" / "manifest.json").is_file()
+    assert f"nemotron-export chat {tmp_path / 'kept'}" in outcome.out
+
+
+def test_the_demo_works_twice_in_a_row_in_one_place(cli, exporter, tmp_path):
+    assert [cli("demo", tmp_path / "kept").code for _ in range(2)] == [0, 0]
+    assert [options["force"] for _, _, options in exporter] == [False, True]
+
+
+def test_a_bundle_of_another_model_is_not_replaced(cli, exporter, tmp_path):
+    manifest("Nemotron-4-340B").save(tmp_path)
+    outcome = cli("demo", tmp_path)
+    assert (outcome.code, exporter) == (2, [])
+    assert "Nemotron-4-340B" in outcome.err
+    assert json.loads((tmp_path / "manifest.json").read_text())["source"]["name"] == "Nemotron-4-340B"
+
+
+def test_an_installed_package_brings_its_own_checkpoint(tmp_path, monkeypatch):
+    command = sys.modules["exporter.cli.demo"]
+    monkeypatch.setattr(command, "__file__", str(tmp_path / "exporter" / "cli" / "demo.py"))
+    for place in (tmp_path / "artifacts", tmp_path / "exporter" / "data"):
+        (place / "tiny-nemotron").mkdir(parents=True)
+        (place / "tiny-nemotron" / "config.json").touch()
+        assert embedded_checkpoint() == place / "tiny-nemotron"
+
+
+def test_an_installation_without_the_checkpoint_says_so(cli, exporter, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["exporter.cli.demo"], "__file__", str(tmp_path / "exporter/cli/demo.py"))
+    outcome = cli("demo")
+    assert outcome.code == 2
+    assert "install nemotron-export again" in outcome.err
+
+
+@pytest.mark.slow
+def test_the_whole_demo_twice_in_one_place(process, tmp_path):
+    for _ in range(2):
+        outcome: subprocess.CompletedProcess[str] = process("demo", tmp_path / "kept")
+        assert outcome.returncode == 0, outcome.stderr
+        assert "our solar system is the " in outcome.stdout
+        assert "Warning" not in outcome.stderr

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from runtime.errors import CheckFailed
+from runtime.manifest import Comparison, FileRecord, Graph, Lowering, Manifest, Parity, PassRecord, Source
+
+ROOT = Path(__file__).parents[3]
+PARITY = Parity(
+    evaluated_by="onnxruntime-cpu 1.32.0",
+    passed=True,
+    comparisons=(Comparison(name="logits", case="prefill", metric="max_abs", value=2e-6, limit=1e-4, passed=True),),
+)
+MANIFEST = Manifest(
+    tool="nemotron-export 0.1.0",
+    created="2026-01-01T00:00:00Z",
+    source=Source(name="tiny", fingerprint="0" * 64),
+    task="text-generation",
+    target="onnxruntime",
+    precision="fp32",
+    opset=21,
+    max_length=512,
+    graph=Graph(inputs=(), outputs=()),
+    passes=(PassRecord(name="fuse_partial_rope_attention", count=4),),
+    lowering=Lowering(attention="GroupQueryAttention"),
+    parity=PARITY,
+    files={"model.onnx": FileRecord(sha256="0" * 64, bytes=2_500_000)},
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    bundle: Path
+    seconds: dict[str, float]
+    peak_rss_mb: float
+    manifest: Manifest
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": 1, "bundle": str(self.bundle), "manifest": self.manifest.to_json()}
+
+
+class FakeExporter(ModuleType):
+    """Stands for `exporter.export`: notes what it is asked for, prints as libraries do, and reports progress."""
+
+    def __init__(self) -> None:
+        super().__init__("exporter.export")
+        self.asked: list[Any] = []
+        self.error: Exception | None = None
+        self.ExportOptions = lambda **options: options
+
+    def export(self, checkpoint: Path, bundle: Path | None, options: Any, progress: Any) -> Result:
+        self.asked.append((checkpoint, bundle, options))
+        print("[torch.onnx] a library's chatter")
+        for stage in ("trace", "passes", "weights", "verify"):
+            progress(stage, 0, 1)
+            progress(stage, 1, 1)
+            if stage == "weights" and self.error:
+                raise self.error
+        return Result(bundle or Path("artifacts/default"), {"trace": 1.25, "verify": 2.0}, 616.4, MANIFEST)
+
+
+@pytest.fixture
+def exporter(monkeypatch: pytest.MonkeyPatch) -> FakeExporter:
+    fake = FakeExporter()
+    monkeypatch.setitem(sys.modules, "exporter.export", fake)
+    return fake
+
+
+def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
+    assert cli("export", tmp_path).code == 0
+    expected = {
+        "task": None,
+        "target": "onnxruntime",
+        "precision": "fp32",
+        "max_length": None,
+        "verify": True,
+        "force": False,
+    }
+    assert exporter.asked == [(tmp_path, None, expected)]
+
+
+def test_every_flag_arrives(cli, exporter, tmp_path):
+    flags = "--task text-generation --target onnxruntime --precision fp32 --max-length 64 --no-verify --force"
+    cli("export", tmp_path, tmp_path / "out", *flags.split())
+    _, bundle, options = exporter.asked[0]
+    assert bundle == tmp_path / "out"
+    assert options == {
+        "task": "text-generation",
+        "target": "onnxruntime",
+        "precision": "fp32",
+        "max_length": 64,
+        "verify": False,
+        "force": True,
+    }
+
+
+def test_json_is_one_object_whatever_libraries_print(cli, exporter, tmp_path):
+    outcome = cli("export", tmp_path, "--json")
+    assert json.loads(outcome.out)["bundle"] == "artifacts/default"
+    assert "chatter" in outcome.err
+
+
+def test_a_log_gets_a_line_for_each_stage(cli, exporter, tmp_path):
+    err = cli("export", tmp_path).err
+    assert [line.split()[0] for line in err.splitlines()[1:]] == ["trace", "passes", "weights", "verify"]
+
+
+def test_the_result_shows_what_was_checked_and_what_to_do_next(cli, exporter, tmp_path):
+    out = cli("export", tmp_path).out
+    for words in ("2.5 MB", "fuse_partial_rope_attention ×4", "trace 1.2, verify 2.0", "616.4 MB", "limit 0.0001"):
+        assert words in out
+    assert "nemotron-export generate artifacts/default -p TEXT" in out
+
+
+def test_an_export_that_differs_exits_1(cli, exporter, tmp_path):
+    exporter.error = CheckFailed("the export is not the checkpoint's model")
+    outcome = cli("export", tmp_path, "--json")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.endswith("error: the export is not the checkpoint's model\n")
+
+
+def test_a_full_disk_names_the_destination_where_the_system_does_not(cli, exporter, tmp_path):
+    exporter.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    outcome = cli("export", tmp_path, tmp_path / "bundle")
+    assert outcome.code == 2
+    assert f"error: {tmp_path / 'bundle'}: No space left on device; free space there" in outcome.err
+
+
+def test_a_destination_that_exists_is_refused_at_once(cli, exporter, tmp_path):
+    outcome = cli("export", tmp_path, tmp_path)
+    assert (outcome.code, exporter.asked) == (2, [])
+    assert "--force" in outcome.err
+
+
+@pytest.mark.parametrize("command", ["export", "verify", "demo"])
+def test_without_torch_the_command_that_installs_it_is_named(command, tmp_path, tiny_checkpoint):
+    script = (
+        "import sys; sys.modules['torch'] = None; import runtime.bundle; runtime.bundle.Bundle.open = lambda path: 0;"
+        "from exporter.cli import main; main()"
+    )
+    places = {"export": [tiny_checkpoint, tmp_path / "b"], "verify": ["b", tiny_checkpoint], "demo": []}[command]
+    outcome = subprocess.run(
+        [sys.executable, "-c", script, command, *places], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (outcome.returncode, outcome.stdout) == (2, "")
+    assert outcome.stderr == "error: torch is not installed; pip install 'nemotron-export[export,cpu]'\n"
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_choices_are_what_the_exporter_and_the_runtime_know():
+    from exporter import export, lowering
+    from exporter.cli import _options
+    from exporter.cli import export as command
+    from runtime import session
+
+    assert tuple(export.TASKS) == command.TASKS
+    assert tuple(export.PRECISIONS) == command.PRECISIONS
+    assert tuple(lowering.TARGETS) == command.TARGETS
+    assert (session.BACKENDS, session.DEVICES) == (_options.BACKENDS, _options.DEVICES)

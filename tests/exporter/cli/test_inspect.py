@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint of two shards with numbers that are easy to count."""
+    import numpy as np
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nemotron", "num_hidden_layers": 3}))
+    save_file({"a": np.zeros((2, 3), np.float32)}, tmp_path / "one.safetensors", metadata={"format": "pt"})
+    save_file({"b": np.zeros(4, np.float16), "c": np.zeros((), np.float32)}, tmp_path / "two.safetensors")
+    places = {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return tmp_path
+
+
+def test_a_bundle_tells_where_it_came_from_and_what_was_checked(cli, tiny_bundle):
+    outcome = cli("inspect", tiny_bundle)
+    assert (outcome.code, outcome.err) == (0, "")
+    for words in (
+        "tiny-nemotron", "text-generation", "onnxruntime, fp32", "512 tokens", "fuse_partial_rope_attention ×4",
+        "GroupQueryAttention", "passed on onnxruntime-cpu", "prefill ×1", "model.onnx.data", "4.1 kB per token",
+    ):  # fmt: skip
+        assert words in outcome.out
+
+
+def test_the_json_of_a_bundle_carries_its_manifest(cli, tiny_bundle):
+    report = json.loads(cli("inspect", tiny_bundle, "--json").out)
+    assert (report["schema"], report["kind"]) == (1, "bundle")
+    assert report["manifest"] == json.loads((tiny_bundle / "manifest.json").read_text())
+    assert report["cache_bytes_per_token"] == 4 * 2 * 2 * 64 * 4  # layers, key and value, kv_heads, head_dim, fp32
+    assert report["bytes"] == sum(f.stat().st_size for f in tiny_bundle.iterdir() if f.name != "manifest.json")
+    assert report["golden"]["cases"][0] == "prefill"
+
+
+def test_a_bundle_that_was_not_checked_says_so(cli, tiny_bundle_copy):
+    path = tiny_bundle_copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["parity"], manifest["files"]["golden.npz"]
+    path.write_text(json.dumps(manifest))
+    out = cli("inspect", tiny_bundle_copy).out
+    assert "not checked (exported with --no-verify)" in out
+    assert json.loads(cli("inspect", tiny_bundle_copy, "--json").out)["golden"] is None
+
+
+def test_a_checkpoint_tells_its_architecture_and_size(cli, tiny_checkpoint):
+    report = json.loads(cli("inspect", tiny_checkpoint, "--json").out)
+    with safe_open(tiny_checkpoint / "model.safetensors", framework="np") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - not a mapping
+    assert (report["schema"], report["kind"], report["model_type"]) == (1, "checkpoint", "nemotron")
+    assert (report["tensors"], report["parameters"]) == (len(shapes), sum(map(prod, shapes)))
+    assert report["dtypes"] == {"BF16": len(shapes)}
+    assert report["bytes"] == (tiny_checkpoint / "model.safetensors").stat().st_size
+    assert report["architecture"]["layers"] == 4
+    assert report["architecture"]["rotary_factor"] == 0.5
+    assert "kv heads" in cli("inspect", tiny_checkpoint).out
+
+
+def test_the_shards_of_a_checkpoint_are_added_up(cli, checkpoint):
+    report = json.loads(cli("inspect", checkpoint, "--json").out)
+    assert (report["tensors"], report["parameters"], len(report["files"])) == (3, 6 + 4 + 1, 2)
+    assert report["dtypes"] == {"F32": 2, "F16": 1}
+    assert report["architecture"] == {"layers": 3}
+
+
+def test_a_model_of_another_architecture_is_shown_with_a_warning(cli, checkpoint):
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    outcome = cli("inspect", checkpoint)
+    assert outcome.code == 0
+    assert "only 'nemotron' can be exported" in outcome.err
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (Path.unlink, "is missing"),
+        (_truncate, "its header says"),
+        (lambda file: file.write_bytes(b""), "no safetensors file"),
+        (lambda file: file.write_bytes(b"\xff" * 64), "no safetensors file"),
+        (lambda file: file.write_bytes((2).to_bytes(8, "little") + b"[]"), "no safetensors file"),
+        (lambda file: file.write_bytes((9).to_bytes(8, "little") + b'{"a":"b"}'), "no safetensors file"),
+        (lambda file: file.write_bytes((2).to_bytes(8, "little") + b"{}more"), "its header says 10"),
+    ],
+)
+def test_a_damaged_shard_is_named(cli, checkpoint, damage, words):
+    damage(checkpoint / "two.safetensors")
+    outcome = cli("inspect", checkpoint)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert f"error: {checkpoint / 'two.safetensors'}" in outcome.err
+    assert words in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("config.json", "{", "is not JSON"),
+        ("config.json", "[]", "should hold a JSON object"),
+        ("model.safetensors.index.json", "{}", "no weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../elsewhere"}}', "no weight_map"),
+    ],
+)
+def test_a_damaged_description_is_named(cli, checkpoint, file, text, words):
+    (checkpoint / file).write_text(text)
+    outcome = cli("inspect", checkpoint)
+    assert outcome.code == 2
+    assert str(checkpoint / file) in outcome.err
+    assert words in outcome.err
+
+
+def test_what_is_neither_bundle_nor_checkpoint_says_what_it_lacks(cli, tmp_path):
+    assert "does not exist" in cli("inspect", tmp_path / "nothing").err
+    assert "it has no manifest.json" in cli("inspect", tmp_path).err
+    (tmp_path / "config.json").write_text("{}")
+    outcome = cli("inspect", tmp_path)
+    assert outcome.code == 2
+    assert "neither model.safetensors nor" in outcome.err
+
+
+def test_an_empty_checkpoint_file_is_a_file_without_tensors(cli, checkpoint):
+    (checkpoint / "model.safetensors.index.json").unlink()
+    save_file({}, checkpoint / "model.safetensors")
+    assert load_file(checkpoint / "model.safetensors") == {}
+    assert json.loads(cli("inspect", checkpoint, "--json").out)["parameters"] == 0

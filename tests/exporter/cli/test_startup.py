@@ -1,0 +1,77 @@
+"""What commands import: --help is instant, and the deployment machine needs no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+COMMANDS = ("demo", "export", "verify", "selftest", "generate", "chat", "inspect", "doctor")
+EXPORT_ONLY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes")
+HEAVY = (*EXPORT_ONLY, "numpy", "rich", "onnxruntime", "tokenizers", "jinja2")
+
+# Runs a command, then tells on stderr's last line the modules it loaded and the processor time it took.
+_PROBE = """
+import json, sys, time
+from exporter.cli import run
+code = run(sys.argv[1:])
+report = {"code": code, "seconds": time.process_time(), "modules": list(sys.modules)}
+print(json.dumps(report), file=sys.stderr)
+"""
+
+
+def probe(*arguments: object, stdin: str = "") -> dict:
+    command = [sys.executable, "-c", _PROBE, *map(str, arguments)]
+    outcome = subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=ROOT, timeout=300, check=True)
+    return {"out": outcome.stdout, **json.loads(outcome.stderr.splitlines()[-1])}
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_help_imports_nothing_heavy(command):
+    report = probe(*command, "--help")
+    assert report["code"] == 0
+    assert not set(HEAVY) & set(report["modules"])
+    assert "nemotron-export " in report["out"]  # an example
+
+
+def test_help_answers_in_under_a_third_of_a_second():
+    # Processor time, the best of three: what else the machine does is not the program's.
+    assert min(probe("--help")["seconds"] for _ in range(3)) < 0.3
+
+
+def test_help_lists_every_command():
+    assert all(f"\n  {name} " in probe("--help")["out"] for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "{bundle}", "-p", "Mars is", "--max-new-tokens", "3"),
+        ("generate", "{bundle}", "--prompt-ids", "5,6", "--max-new-tokens", "3", "--json"),
+        ("chat", "{bundle}", "--max-new-tokens", "3"),
+        ("selftest", "{bundle}", "--json"),
+        ("inspect", "{bundle}", "--json"),
+        ("inspect", "{checkpoint}", "--json"),
+        ("doctor", "--json"),
+    ],
+)
+def test_the_deployment_machine_needs_no_torch(arguments, tiny_bundle, tiny_checkpoint):
+    report = probe(
+        *(argument.format(bundle=tiny_bundle, checkpoint=tiny_checkpoint) for argument in arguments), stdin="Hello\n"
+    )
+    assert report["code"] == 0
+    assert report["out"]
+    assert not set(EXPORT_ONLY) & set(report["modules"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [("export", "/nowhere"), ("verify", "/nowhere", "."), ("verify", ".", "/nowhere")]
+)
+def test_a_mistyped_path_is_refused_before_torch_is_loaded(arguments):
+    report = probe(*arguments)
+    assert report["code"] == 2
+    assert "torch" not in report["modules"]

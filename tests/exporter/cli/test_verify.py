@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+import sys
+from types import ModuleType
+
+import pytest
+
+from runtime.manifest import Comparison, Parity
+
+
+@pytest.fixture
+def verdict(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What the comparisons of the next run find."""
+    found = [True, True]
+
+    def verify(bundle, checkpoint, progress) -> Parity:
+        print("a library's chatter")
+        progress("verify", 1, 2)
+        rows = tuple(
+            Comparison(name="logits", case=str(n), metric="max_abs", value=None, limit=1e-4, passed=passed)
+            for n, passed in enumerate(found)
+        )
+        return Parity(evaluated_by="onnxruntime-cpu 1.32.0", passed=all(found), comparisons=rows)
+
+    module = ModuleType("exporter.verify")
+    module.verify = verify  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "exporter.verify", module)
+    monkeypatch.setattr("runtime.bundle.Bundle.open", lambda path: None)
+    return found
+
+
+def test_an_equal_bundle_passes(cli, verdict, tmp_path):
+    outcome = cli("verify", "b", tmp_path)
+    assert outcome.code == 0
+    assert f"passed: b is {tmp_path}, on onnxruntime-cpu 1.32.0" in outcome.out
+
+
+def test_a_different_bundle_exits_1_and_says_how_much_differs(cli, verdict, tmp_path):
+    verdict[1] = False
+    outcome = cli("verify", "b", tmp_path)
+    assert outcome.code == 1
+    assert "FAILED" in outcome.out
+    assert "passed" not in outcome.out
+    assert f"error: b differs from {tmp_path} in 1 of 2 comparisons" in outcome.err
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_json_has_the_keys_of_the_contract_also_where_it_failed(cli, verdict, tmp_path, passed):
+    verdict[1] = passed
+    outcome = cli("verify", "b", tmp_path, "--json")
+    report = json.loads(outcome.out)
+    assert list(report) == ["schema", "passed", "evaluated_by", "comparisons"]
+    assert report["passed"] is passed
+    assert report["comparisons"][1] == {
+        "name": "logits", "case": "1", "metric": "max_abs", "value": None, "limit": 1e-4, "passed": passed
+    }  # fmt: skip
