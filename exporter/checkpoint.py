@@ -104,6 +104,10 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read as safetensors ({error}); it is damaged or truncated") from error
+    except RuntimeError as error:  # torch maps the whole file, which counts as memory
+        raise UserError(
+            f"{path} cannot be mapped into memory ({error}); free memory, or save smaller shards"
+        ) from error
 
 
 def _read_headers(path: Path) -> dict[str, TensorInfo]:
@@ -114,32 +118,40 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
             raise UserError(f"{shard} is missing: the checkpoint is incomplete; download it again")
         with _opened(shard) as file:
             names = set(file.keys())
-            for name in expected - names:
+            for name in sorted(expected - names):
                 raise UserError(f"{shard}: tensor {name} is missing though {INDEX} lists it; download it again")
             for name in names:
+                if name in tensors:
+                    raise UserError(
+                        f"{shard}: tensor {name} is also in {tensors[name].file.name}; delete one of the two"
+                    )
                 view = file.get_slice(name)
                 tensors[name] = TensorInfo(shard, view.get_dtype(), tuple(view.get_shape()))
     for name, info in tensors.items():
         if info.dtype not in FLOATS:
-            raise UserError(f"{info.file}: tensor {name} is {info.dtype}; known: {', '.join(FLOATS)}")
+            raise UserError(f"{info.file}: tensor {name} is {info.dtype}; convert it, known: {', '.join(FLOATS)}")
     return tensors
 
 
 def _shards(path: Path) -> dict[Path, set[str]]:
-    """Every safetensors file of the checkpoint, with the tensors that the index expects in it."""
-    index = path / INDEX
-    if not index.is_file():
-        single = path / SINGLE
-        if not single.is_file():
-            raise UserError(f"{path} has neither {SINGLE} nor {INDEX}; convert the checkpoint to safetensors")
+    """Every safetensors file of the checkpoint, with the tensors that the index expects in it.
+
+    Where there are both a single file and an index, the single file counts, as it does for transformers.
+    """
+    single, index = path / SINGLE, path / INDEX
+    if single.is_file():
         return {single: set()}
+    if not index.is_file():
+        raise UserError(f"{path} has neither {SINGLE} nor {INDEX}; convert the checkpoint to safetensors")
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except OSError as error:
+        raise UserError(f"cannot read {index}: {error.strerror}; change its permissions or copy it again") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is not a safetensors index ({error!r}); download it again") from error
     shards: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
-        if Path(file).name != file:
-            raise UserError(f"{index} names {file!r}, which is not a file of this directory; refused")
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{index} names {file!r}, which is not a file of this directory; download it again")
         shards.setdefault(path / file, set()).add(name)
     return shards

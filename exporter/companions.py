@@ -16,13 +16,16 @@ from runtime.errors import UserError
 from runtime.manifest import CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG
 
 GENAI_CONFIG = "genai_config.json"
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SEARCH = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}  # transformers' defaults
 
 
 def check_companions(checkpoint: Checkpoint) -> None:
-    """Check the tokenizer and its template before any work is done.
+    """Check the tokenizer, its template and the generation defaults before any work is done.
 
     Raises:
-        UserError: no tokenizer.json, or one that cannot be loaded or that has tokens the model does not know.
+        UserError: no tokenizer.json, or one that cannot be loaded or that has tokens the model does not know; or
+            another file that does not hold what it should.
     """
     path = checkpoint.path / TOKENIZER
     if not path.is_file():
@@ -41,6 +44,7 @@ def check_companions(checkpoint: Checkpoint) -> None:
             "tokenizer and weights are not of one model"
         )
     _chat_template(checkpoint.path)
+    genai_config(checkpoint.spec, _generation_defaults(checkpoint), checkpoint.spec.max_positions)
 
 
 def write_companions(checkpoint: Checkpoint, directory: Path, max_length: int) -> None:
@@ -57,7 +61,7 @@ def write_companions(checkpoint: Checkpoint, directory: Path, max_length: int) -
 
 def genai_config(spec: NemotronSpec, generation: dict[str, Any], max_length: int) -> dict[str, Any]:
     """What onnxruntime-genai needs to run the bundle's directory as it is. It refuses keys it does not know."""
-    tokens = {name: generation[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tokens = {name: generation[name] for name in SPECIAL_TOKENS}
     return {
         "model": {
             "type": "nemotron",
@@ -89,10 +93,7 @@ def genai_config(spec: NemotronSpec, generation: dict[str, Any], max_length: int
             "max_length": max_length,
             "past_present_share_buffer": True,
             "do_sample": bool(generation.get("do_sample", False)),
-            "temperature": float(generation.get("temperature") or 1.0),
-            "top_k": int(generation.get("top_k") or 50),
-            "top_p": float(generation.get("top_p") or 1.0),
-            "repetition_penalty": float(generation.get("repetition_penalty") or 1.0),
+            **{name: default if generation.get(name) is None else generation[name] for name, default in SEARCH.items()},
         },
     }
 
@@ -102,11 +103,17 @@ def _generation_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.path / GENERATION_CONFIG
     values = _read_object(path) if path.is_file() else {}
     config = checkpoint.spec.config
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        values.setdefault(name, getattr(config, name))
+    for name in SPECIAL_TOKENS:
+        found = values.setdefault(name, getattr(config, name))
+        ids = found if isinstance(found, list) and name == "eos_token_id" else [found]
+        if not all(token is None or type(token) is int for token in ids):
+            raise UserError(f"{path}: {name} should be a token id, found {found!r}; correct it")
+    for name in SEARCH:
+        if type(values.get(name)) not in (int, float, type(None)):
+            raise UserError(f"{path}: {name} should be a number, found {values[name]!r}; correct it")
     if values["pad_token_id"] is None:
         eos = values["eos_token_id"]
-        values["pad_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
+        values["pad_token_id"] = next(iter(eos), None) if isinstance(eos, list) else eos
     return values
 
 
@@ -114,13 +121,13 @@ def _chat_template(directory: Path) -> str | None:
     """The checkpoint's chat template: a file, or text or a named list in tokenizer_config.json, or none."""
     file = directory / CHAT_TEMPLATE
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return _read_text(file)
     path = directory / TOKENIZER_CONFIG
     template = _read_object(path).get("chat_template") if path.is_file() else None
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         if "default" not in named:
-            raise UserError(f"{path} has chat templates {', '.join(named)} but no 'default'; rename one")
+            raise UserError(f"{path} has chat templates {', '.join(map(str, named))} but no 'default'; rename one")
         template = named["default"]
     if template is not None and not isinstance(template, str):
         raise UserError(f"{path}: chat_template should be text, found {type(template).__name__}; correct it")
@@ -129,9 +136,18 @@ def _chat_template(directory: Path) -> str | None:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); download the checkpoint again") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} should hold a JSON object; download the checkpoint again")
     return values
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; change its permissions or copy it again") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); download the checkpoint again") from error

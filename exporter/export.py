@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,7 +16,8 @@ import onnx_ir as ir
 from exporter import __version__, passes
 from exporter.checkpoint import Checkpoint
 from exporter.companions import check_companions, write_companions
-from exporter.lowering import OPSET, TARGETS, lower
+from exporter.lowering import TARGETS, Target, lower
+from exporter.passes.base import PassReport
 from exporter.staging import check_destination, staged
 from exporter.trace import rope_tables, trace
 from exporter.verify import run_gate
@@ -93,7 +94,7 @@ def export(
     """
     checkpoint = Checkpoint.open(checkpoint_path)
     destination = bundle_path or Path("artifacts") / f"{checkpoint.name}-{options.target}-{options.precision}"
-    check_destination(destination, options.force)
+    _check_place(destination, checkpoint, options.force)
     options = _resolved(options, checkpoint)
     assert options.max_length is not None
     check_companions(checkpoint)
@@ -104,36 +105,30 @@ def export(
         with clock.stage("trace"):
             model = trace(checkpoint.spec)
         with clock.stage("passes"):
-            reports = passes.run(
-                passes.pipeline(checkpoint.spec, *rope_tables(checkpoint.spec, options.max_length)), model
-            )
-            attention = lower(model, options.target, checkpoint.spec.layers)
+            tables = rope_tables(checkpoint.spec, options.max_length)
+            reports = passes.run(passes.pipeline(checkpoint.spec, *tables), model)
+            target = lower(model, options.target, checkpoint.spec.layers)
         with clock.stage("weights"):
             total = weight_bytes(model)
             data = directory / f"{MODEL}.data"
             write_weights(model, checkpoint, data, lambda done: progress("weights", min(done, total), total))
             ir.save(model, directory / MODEL)
             write_companions(checkpoint, directory, options.max_length)
-            manifest = Manifest(
-                tool=f"nemotron-export {__version__}",
-                created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-                source=Source(name=checkpoint.name, fingerprint=checkpoint.fingerprint()),
-                task=options.task or "text-generation",
-                target=options.target,
-                precision=options.precision,
-                opset=OPSET,
-                max_length=options.max_length,
-                graph=_describe_graph(model),
-                passes=tuple(PassRecord(name=report.name, count=report.count) for report in reports),
-                lowering=Lowering(attention=attention),
-                files=describe_files(directory),
-            )
+            manifest = _manifest(directory, checkpoint, options, model, target, reports)
             manifest.save(directory)
         if options.verify:
             with clock.stage("verify"):
                 manifest = _gate(directory, checkpoint, manifest, progress)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return ExportResult(destination, clock.seconds, peak, manifest)
+
+
+def _check_place(destination: Path, checkpoint: Checkpoint, force: bool) -> None:
+    check_destination(destination, force)
+    if checkpoint.path.resolve().is_relative_to(destination.resolve()):
+        raise UserError(
+            f"the checkpoint {checkpoint.path} is in {destination}, so --force would delete it; choose another"
+        )
 
 
 def _resolved(options: ExportOptions, checkpoint: Checkpoint) -> ExportOptions:
@@ -145,7 +140,7 @@ def _resolved(options: ExportOptions, checkpoint: Checkpoint) -> ExportOptions:
             f"{checkpoint.path}: architecture {checkpoint.spec.architecture} cannot be exported; "
             f"known: {', '.join(TASKS.values())}"
         )
-    known = {
+    known: dict[str, tuple[str, Collection[str]]] = {
         "task": (task, TASKS),
         "target": (options.target, TARGETS),
         "precision": (options.precision, PRECISIONS),
@@ -162,6 +157,33 @@ def _resolved(options: ExportOptions, checkpoint: Checkpoint) -> ExportOptions:
     if options.verify:
         import_onnxruntime()  # the gate runs the graph: better to know now
     return replace(options, task=task, max_length=max_length)
+
+
+def _manifest(
+    directory: Path,
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    model: ir.Model,
+    target: Target,
+    reports: list[PassReport],
+) -> Manifest:
+    """The manifest of what has been written so far; parity is not known yet."""
+    assert options.task is not None
+    assert options.max_length is not None
+    return Manifest(
+        tool=f"nemotron-export {__version__}",
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        source=Source(name=checkpoint.name, fingerprint=checkpoint.fingerprint()),
+        task=options.task,
+        target=options.target,
+        precision=options.precision,
+        opset=target.opset,
+        max_length=options.max_length,
+        graph=_describe_graph(model),
+        passes=tuple(PassRecord(name=report.name, count=report.count) for report in reports),
+        lowering=Lowering(attention=target.attention),
+        files=describe_files(directory),
+    )
 
 
 def _gate(directory: Path, checkpoint: Checkpoint, manifest: Manifest, progress: Progress) -> Manifest:

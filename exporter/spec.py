@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,18 @@ STATIC_ROPE_TYPES = ("default", "linear", "llama3", "proportional", "yarn")
 
 # transformers activations that carry learned tensors of their own; the Nemotron MLP has no place for them.
 LEARNED_ACTIVATIONS = ("prelu", "xielu")
+
+# What a model has at least one of, by the configuration's names.
+COUNTS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,9 @@ def read_spec(directory: Path) -> NemotronSpec:
         raise UserError(f"{path} is missing: {directory} is not a Hugging Face checkpoint")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; change its permissions or copy it again") from error
+    except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); download the checkpoint again") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} is not a JSON object; download the checkpoint again")
@@ -80,9 +95,12 @@ def spec_from_config(raw: dict[str, Any], origin: str) -> NemotronSpec:
     rope: dict[str, Any] = dict(config.rope_parameters or {})
     assert config.head_dim is not None  # filled in by transformers
     assert config.num_key_value_heads is not None  # and by us
-    rotated = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+    _check_rope_numbers(rope, origin)
+    # `proportional` rotates every channel, those beyond the factor by the angle 0.
+    factor = 1.0 if rope["rope_type"] == "proportional" else rope.get("partial_rotary_factor", 1.0)
+    rotated = int(config.head_dim * factor)
     spec = NemotronSpec(
-        architecture=(raw.get("architectures") or ["NemotronForCausalLM"])[0],
+        architecture=_architecture(raw, origin),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
@@ -112,12 +130,28 @@ def _check_known_values(raw: dict[str, Any], origin: str) -> None:
     activation = raw.get("hidden_act", "relu2")
     if activation not in activations:
         raise UserError(f"{origin}: hidden_act {activation!r} is unknown; known: {', '.join(activations)}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{origin}: the rope parameters are not a JSON object but {rope!r}; correct them")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in STATIC_ROPE_TYPES:
-        raise UserError(f"{origin}: rope type {rope_type!r} cannot be exported; known: {', '.join(STATIC_ROPE_TYPES)}")
+    for name in ("rope_parameters", "rope_scaling"):  # transformers lets the older name win
+        rope = raw.get(name) or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{origin}: {name} is not a JSON object but {rope!r}; correct it")
+        for rope_type in (rope.get("rope_type", "default"), rope.get("type", "default")):
+            if rope_type not in STATIC_ROPE_TYPES:
+                known = ", ".join(STATIC_ROPE_TYPES)
+                raise UserError(f"{origin}: rope type {rope_type!r} cannot be exported; known: {known}")
+
+
+def _architecture(raw: dict[str, Any], origin: str) -> str:
+    names = raw.get("architectures") or ["NemotronForCausalLM"]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise UserError(f"{origin}: architectures should be a list of class names, found {names!r}; correct it")
+    return names[0]
+
+
+def _check_rope_numbers(rope: dict[str, Any], origin: str) -> None:
+    for name in ("rope_theta", "partial_rotary_factor", "factor"):
+        value = rope.get(name, 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"{origin}: {name} should be a number above 0, found {value!r}; correct it")
 
 
 def _normalised(raw: dict[str, Any], origin: str) -> NemotronConfig:
@@ -129,18 +163,23 @@ def _normalised(raw: dict[str, Any], origin: str) -> NemotronConfig:
         values["num_key_value_heads"] = values.get("num_attention_heads", NemotronConfig.num_attention_heads)
     try:
         return NemotronConfig.from_dict(values)
-    except (StrictDataclassError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{origin}: transformers refuses the configuration: {reason}; correct it") from error
 
 
 def _check_consistent(spec: NemotronSpec, origin: str) -> None:
-    for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "rotary_dim", "vocab"):
-        if getattr(spec, name) < 1:
-            raise UserError(f"{origin}: {name} is {getattr(spec, name)}, which must be at least 1; correct it")
+    for name in COUNTS:
+        if (count := getattr(spec.config, name)) < 1:
+            raise UserError(f"{origin}: {name} is {count}, which must be at least 1; correct it")
+    if not 0 <= spec.norm_eps < math.inf:
+        raise UserError(f"{origin}: norm_eps is {spec.norm_eps}, which must be 0 or more; correct it")
     if spec.heads % spec.kv_heads:
         raise UserError(
             f"{origin}: {spec.heads} attention heads cannot share {spec.kv_heads} key/value heads evenly; correct it"
         )
-    if spec.rotary_dim > spec.head_dim:
-        raise UserError(f"{origin}: rotary width {spec.rotary_dim} exceeds head_dim {spec.head_dim}; correct it")
+    if not 1 <= spec.rotary_dim <= spec.head_dim:
+        raise UserError(
+            f"{origin}: {spec.rotary_dim} channels of a head would rotate, head_dim is {spec.head_dim}; "
+            "correct partial_rotary_factor"
+        )

@@ -86,10 +86,10 @@ def _inputs_of(graph: ir.Graph, template: list[ir.Node], layer: int) -> dict[ir.
     for value in (value for value in graph.inputs if value.name in caches):
         made[value] = ir.Value(name=caches[str(value.name)], shape=value.shape, type=value.type)
     graph.inputs.extend(made.values())
-    for value in dict.fromkeys(value for node in template for value in node.inputs):
-        if value is not None and value.name is not None and value.name.startswith(prefix):
-            made[value] = ir.Value(name=own + value.name.removeprefix(prefix), shape=value.shape, type=value.type)
-            graph.initializers.add(made[value])
+    for read in dict.fromkeys(read for node in template for read in node.inputs):
+        if read is not None and read.name is not None and read.name.startswith(prefix):
+            made[read] = ir.Value(name=own + read.name.removeprefix(prefix), shape=read.shape, type=read.type)
+            graph.initializers.add(made[read])
     return made
 
 

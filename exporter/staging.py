@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.errors import UserError
 from runtime.manifest import MANIFEST
+
+TOOL = "nemotron-export"  # how the manifests of our bundles name who wrote them
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_destination(destination: Path, force: bool) -> None:
@@ -18,12 +23,15 @@ def check_destination(destination: Path, force: bool) -> None:
     Raises:
         UserError: it exists and `force` is not given, or it is not a bundle, or its parent is not a directory.
     """
-    if destination.is_symlink() or destination.exists():
-        if not force:
-            raise UserError(f"{destination} exists; choose another place, or replace the bundle there with --force")
-        if destination.is_symlink() or not (destination / MANIFEST).is_file():
-            raise UserError(f"{destination} is not a bundle, so --force does not replace it; choose another place")
-    above = next(parent for parent in destination.absolute().parents if parent.exists())
+    try:
+        if destination.is_symlink() or destination.exists():
+            if not force:
+                raise UserError(f"{destination} exists; choose another place, or replace the bundle there with --force")
+            if destination.is_symlink() or not _is_ours(destination):
+                raise UserError(f"{destination} is not a bundle, so --force does not replace it; choose another place")
+        above = next(parent for parent in destination.absolute().parents if parent.exists())
+    except OSError as error:
+        raise UserError(f"{destination} cannot be looked at: {error.strerror}; choose another place") from error
     if not above.is_dir():
         raise UserError(f"{above} is not a directory, so {destination} cannot be made; choose another place")
 
@@ -36,48 +44,75 @@ def staged(destination: Path, force: bool = False) -> Iterator[Path]:
     two renames.
 
     Raises:
-        UserError: the destination must not be replaced, or cannot be written.
+        UserError: the destination must not be replaced, or cannot be written, or the disk is full.
     """
     check_destination(destination, force)
-    made = _make_parents(destination)
+    place = destination.resolve()  # no link is replaced; `.` has a name and a parent now
+    made: list[Path] = []
     try:
-        try:
-            staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
-        except OSError as error:
-            raise UserError(
-                f"cannot write beside {destination}: {error.strerror}; choose another place or free space"
-            ) from error
+        staging = _make_staging(place, made)
         try:
             yield staging
-            staging.chmod(0o755)  # mkdtemp makes it private
-            _swap(staging, destination, force)
+            check_destination(destination, force)  # something may have appeared there meanwhile
+            _swap(staging, place, force)
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            raise UserError(
+                f"cannot write {destination}: {error.strerror}; free space there, or choose another place"
+            ) from error
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            _remove(staging)
     except BaseException:
-        for directory in made:
-            directory.rmdir()
+        for directory in reversed(made):
+            with suppress(OSError):  # someone else's file is in it by now
+                directory.rmdir()
         raise
 
 
-def _make_parents(destination: Path) -> list[Path]:
-    """Make the parents that do not exist; return them, deepest first."""
-    missing = [parent for parent in destination.parents if not parent.exists()]
+def _is_ours(directory: Path) -> bool:
+    """Whether a directory holds a manifest that this tool wrote, of any version: other tools write that name too."""
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and str(manifest.get("tool")).split(" ")[0] == TOOL
+
+
+def _make_staging(place: Path, made: list[Path]) -> Path:
+    """Make the directory to write into, and the parents that do not exist, which are added to `made`."""
+    try:
+        for parent in reversed([parent for parent in place.parents if not parent.exists()]):
+            parent.mkdir()
+            made.append(parent)
+        staging = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
+        staging.mkdir()
     except OSError as error:
-        raise UserError(f"cannot make {destination.parent}: {error.strerror}; choose another place") from error
-    return missing
+        raise UserError(f"cannot write beside {place}: {error.strerror}; choose another place or free space") from error
+    return staging
 
 
-def _swap(staging: Path, destination: Path, force: bool) -> None:
-    check_destination(destination, force)  # something may have appeared there meanwhile
+def _swap(staging: Path, place: Path, force: bool) -> None:
+    """Rename the new bundle in; the old one is back in its place where that does not happen."""
     old = staging.with_suffix(".old")
-    if destination.exists():
-        destination.rename(old)
     try:
-        staging.rename(destination)
-    except OSError:
-        if old.exists():
-            old.rename(destination)
+        if force and place.exists():
+            place.rename(old)
+        staging.rename(place)
+    except BaseException as error:
+        if old.exists() and not place.exists():
+            old.rename(place)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot rename the bundle to {place}: {error.strerror}; choose another place") from error
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if place.exists():
+            _remove(old)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory that may not exist, to the end even where the user interrupts it."""
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)

@@ -29,11 +29,11 @@ def lower_to_group_query_attention(graph: ir.Graph, last_key: ir.Value, total: i
         The number of nodes replaced.
 
     Raises:
-        CannotLower: a rotary width that GroupQueryAttention does not take.
+        CannotLower: a head or rotary width that GroupQueryAttention does not take.
     """
     fused = [node for node in graph if is_partial_rope_attention(node)]
     for node in fused:
-        _check_rotary_width(node)
+        _check_widths(node)
         query, key, value, cos, sin, past_key, past_value, _ = node.inputs
         attention = ir.node(
             GROUP_QUERY_ATTENTION,
@@ -55,9 +55,10 @@ def lower_to_group_query_attention(graph: ir.Graph, last_key: ir.Value, total: i
     return len(fused)
 
 
-def _check_rotary_width(node: ir.Node) -> None:
-    rotary_dim = node.attributes.get_int("rotary_dim")
-    if rotary_dim is None or rotary_dim % 16:
-        raise CannotLower(
-            f"rotary width {rotary_dim} is not a multiple of 16, which ONNX Runtime's GroupQueryAttention needs"
-        )
+def _check_widths(node: ir.Node) -> None:
+    for what, name, step in (("head", "head_dim", 8), ("rotary", "rotary_dim", 16)):
+        width = node.attributes.get_int(name)
+        if width is None or width % step:
+            raise CannotLower(
+                f"{what} width {width} is not a multiple of {step}, which ONNX Runtime's GroupQueryAttention needs"
+            )

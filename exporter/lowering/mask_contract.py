@@ -1,8 +1,4 @@
-"""From the fused graph to a target: each fused op takes the target's form, and the graph its contract.
-
-Fused graphs take `write_indices` [batch] and `logits_indices` [batch, kept]. Target `onnxruntime` has the contract of
-Hugging Face exports instead: a mask goes in, the last tokens' logits come out.
-"""
+"""The contract of Hugging Face exports: an attention mask goes in, the last tokens' logits come out."""
 
 from __future__ import annotations
 
@@ -11,13 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from plugins.onnxruntime import (
-    CONTRIB_DOMAIN,
-    GROUP_QUERY_ATTENTION,
-    CannotLower,
-    lower_to_group_query_attention,
-)
-from plugins.ops import DOMAIN
+from plugins.onnxruntime import lower_to_group_query_attention
 from runtime.contract import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -26,39 +16,9 @@ from runtime.contract import (
     LOGITS_TO_KEEP,
     WRITE_INDICES,
 )
-from runtime.errors import UserError
-
-TARGETS = ("onnxruntime",)
-OPSET = 21  # the newest that every consumer of these graphs reads; no operator in them has changed its meaning since
 
 
-def lower(model: ir.Model, target: str, layers: int) -> str:
-    """Lower a fused graph in place; a graph already lowered stays as it is.
-
-    Returns:
-        The form that attention took, for the manifest.
-
-    Raises:
-        UserError: an unknown target, or a model that the target's operators cannot express.
-    """
-    if target not in TARGETS:
-        raise UserError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
-    if any(value.name == WRITE_INDICES for value in model.graph.inputs):
-        try:
-            _MaskContract(model.graph).adopt()
-        except CannotLower as error:
-            raise UserError(f"target {target}: {error}; this model cannot be exported to it yet") from error
-    for identifier in [key for key in model.functions if key[0] == DOMAIN]:
-        del model.functions[identifier]
-    model.opset_imports.pop(DOMAIN, None)
-    model.opset_imports.update({"": OPSET, CONTRIB_DOMAIN: 1})
-    lowered = sum(node.op_type == GROUP_QUERY_ATTENTION for node in model.graph)
-    if lowered != layers:
-        raise UserError(f"target {target}: {lowered} attentions for {layers} layers; nothing was exported")
-    return GROUP_QUERY_ATTENTION
-
-
-class _MaskContract:
+class MaskContract:
     """Replaces `write_indices` and `logits_indices` by `attention_mask` [batch, total] and `logits_to_keep` [1].
 
     A mask has ones for a row's real tokens, cached and new, then zeros. A row that starts with 0, which is padded on

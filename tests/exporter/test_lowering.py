@@ -59,9 +59,7 @@ def test_only_the_last_real_token_has_logits_unless_more_are_asked_for(
     np.testing.assert_allclose(logits[:, 0], [row[-1] for row in expected], atol=1e-4)
 
 
-def test_more_logits_are_the_last_of_each_row(
-    graph: onnxruntime.InferenceSession, expected: list[np.ndarray]
-) -> None:
+def test_more_logits_are_the_last_of_each_row(graph: onnxruntime.InferenceSession, expected: list[np.ndarray]) -> None:
     logits = graph.run(["logits"], feed(*padded("right")) | {"logits_to_keep": np.array([3])})[0]
     np.testing.assert_allclose(logits, [row[-3:] for row in expected], atol=1e-4)
 
@@ -99,7 +97,7 @@ def test_lowering_again_changes_nothing(traced: Any) -> None:
     model = fused(traced)
     lower(model, "onnxruntime", 2)
     before = [(node.op_type, [v.name if v else None for v in node.inputs]) for node in model.graph]
-    assert lower(model, "onnxruntime", 2) == "GroupQueryAttention"
+    assert lower(model, "onnxruntime", 2).attention == "GroupQueryAttention"
     assert [(node.op_type, [v.name if v else None for v in node.inputs]) for node in model.graph] == before
 
 

@@ -111,6 +111,13 @@ def test_another_models_weights_of_the_same_shape_do_not_pass(tiny_bundle: Path,
     import json
 
     config = json.loads((Path(__file__).parents[2] / "artifacts/tiny-nemotron/config.json").read_text())
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "vocab_size", "max_position_embeddings")
+    keys = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "head_dim",
+        "vocab_size",
+        "max_position_embeddings",
+    )
     other = write_checkpoint(tmp_path / "other", **{key: config[key] for key in keys})
     assert not verify(tiny_bundle, other).passed
