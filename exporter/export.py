@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -29,7 +29,6 @@ from runtime.ort_session import import_onnxruntime
 
 Progress = Callable[[str, int, int], None]
 TASKS = {"text-generation": "NemotronForCausalLM"}
-PRECISIONS = ("fp32",)
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class ExportOptions:
     Attributes:
         task: by default the one that the checkpoint's architecture implies.
         target: one of `exporter.lowering.TARGETS`.
-        precision: one of PRECISIONS.
+        precision: one that the target has.
         max_length: tokens that a row may hold (default and maximum: `max_position_embeddings`).
         verify: run the parity gate; without it the bundle has no golden cases.
         force: replace a bundle that exists.
@@ -106,7 +105,7 @@ def export(
             model = trace(checkpoint.spec)
         with clock.stage("passes"):
             tables = rope_tables(checkpoint.spec, options.max_length)
-            reports = passes.run(passes.pipeline(checkpoint.spec, *tables), model)
+            reports = passes.run(passes.pipeline(checkpoint.spec, *tables, options.precision), model)
             target = lower(model, options.target, checkpoint.spec.layers)
         with clock.stage("weights"):
             total = weight_bytes(model)
@@ -140,14 +139,15 @@ def _resolved(options: ExportOptions, checkpoint: Checkpoint) -> ExportOptions:
             f"{checkpoint.path}: architecture {checkpoint.spec.architecture} cannot be exported; "
             f"known: {', '.join(TASKS.values())}"
         )
-    known: dict[str, tuple[str, Collection[str]]] = {
-        "task": (task, TASKS),
-        "target": (options.target, TARGETS),
-        "precision": (options.precision, PRECISIONS),
-    }
-    for name, (value, values) in known.items():
-        if value not in values:
-            raise UserError(f"unknown {name} {value!r}; known: {', '.join(values)}")
+    if task not in TASKS:
+        raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    if options.target not in TARGETS:
+        raise UserError(f"unknown target {options.target!r}; known: {', '.join(TARGETS)}")
+    precisions = TARGETS[options.target].precisions
+    if options.precision not in precisions:
+        raise UserError(
+            f"unknown precision {options.precision!r} for target {options.target}; known: {', '.join(precisions)}"
+        )
     limit = checkpoint.spec.max_positions
     max_length = limit if options.max_length is None else options.max_length
     if not 1 <= max_length <= limit:

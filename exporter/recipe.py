@@ -28,15 +28,13 @@ class Recipe:
         """The shape that the checkpoint's tensor must have for an initializer of this shape."""
         return shape[::-1] if self.transposed else shape
 
-    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Turn the stored tensor into the initializer, in float32.
+    def apply(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Turn the stored tensor into the initializer, contiguous, in this dtype.
 
-        The one is added after the cast: in bf16 the sum would lose up to 4e-3 of the norm's weight.
+        The one is added in fp32: in bf16 the sum would lose up to 4e-3 of the norm's weight.
         """
-        result = tensor.float()
-        if self.plus_one:
-            result = result + 1.0
-        return result.t().contiguous() if self.transposed else result
+        result = tensor.float() + 1.0 if self.plus_one else tensor
+        return (result.t() if self.transposed else result).to(dtype).contiguous()
 
 
 def recipe_of(value: ir.Value) -> Recipe:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from exporter.checkpoint import Checkpoint
 from exporter.recipe import is_weight, recipe_of
 from exporter.spec import NemotronSpec
+from runtime.errors import UserError
 
 ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
 INLINE_BYTES = 1024  # constants up to this size stay in model.onnx
@@ -44,9 +45,9 @@ def expected_shapes(spec: NemotronSpec) -> dict[str, tuple[int, ...]]:
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Bytes that the graph's weights take in fp32."""
-    shapes = [value.shape for value in model.graph.initializers.values() if is_weight(value)]
-    return 4 * sum(math.prod(shape.numpy()) for shape in shapes if shape is not None)
+    """Bytes that the graph's weights take."""
+    weights = [value for value in model.graph.initializers.values() if is_weight(value)]
+    return sum(math.prod(v.shape.numpy()) * int(v.dtype.itemsize) for v in weights if v.shape and v.dtype)
 
 
 def write_weights(
@@ -82,7 +83,16 @@ def _load(value: ir.Value, checkpoint: Checkpoint) -> memoryview:
     recipe = recipe_of(value)
     source = weight_source(recipe.tensor, checkpoint)
     checkpoint.require(source, recipe.source_shape(tuple(int(dim) for dim in value.shape.numpy())))
-    return memoryview(recipe.apply(checkpoint.read(source)).numpy().data).cast("B")
+    import torch
+
+    assert value.dtype is not None
+    dtype: torch.dtype = getattr(torch, value.dtype.name.lower())
+    tensor = recipe.apply(checkpoint.read(source), dtype)
+    if not torch.isfinite(tensor).all():
+        raise UserError(
+            f"tensor {source} leaves the range of {value.dtype.name.lower()}; export with --precision bf16 or fp32"
+        )
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
 def _append(file: BinaryIO, path: Path, value: ir.Value, data: memoryview) -> ir.ExternalTensor:

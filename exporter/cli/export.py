@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # Plain text, so that --help needs no import; a test holds them against what the exporter knows.
 TASKS = ("text-generation",)
-TARGETS = ("onnxruntime",)
-PRECISIONS = ("fp32",)
+TARGETS = ("onnxruntime", "tensorrt")
+PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 @click.command()

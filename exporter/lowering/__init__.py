@@ -14,6 +14,8 @@ import onnx_ir as ir
 from exporter.lowering.mask_contract import MaskContract
 from plugins.onnxruntime import CONTRIB_DOMAIN, GROUP_QUERY_ATTENTION, CannotLower
 from plugins.ops import DOMAIN, is_partial_rope_attention
+from plugins.tensorrt import ATTENTION, lower_to_standard_attention
+from runtime.contract import INPUT_IDS, WRITE_INDICES
 from runtime.errors import UserError
 
 
@@ -25,16 +27,23 @@ class Target:
         attention: the operator that each layer's attention becomes.
         opsets: domains of the lowered graph and their versions.
         lower: turns a fused graph into this form, in place.
+        precisions: those that graphs of this target can have.
     """
 
     attention: str
     opsets: dict[str, int]
     lower: Callable[[ir.Graph], None]
+    precisions: tuple[str, ...]
 
     @property
     def opset(self) -> int:
         """The version of ONNX's own operators."""
         return self.opsets[""]
+
+
+def _lower_to_standard_attention(graph: ir.Graph) -> None:
+    inputs = {value.name: value for value in graph.inputs}
+    lower_to_standard_attention(graph, inputs[INPUT_IDS], inputs[WRITE_INDICES])
 
 
 TARGETS = {
@@ -43,7 +52,9 @@ TARGETS = {
         # The newest that every consumer of these graphs reads; no operator in them has changed its meaning since.
         {"": 21, CONTRIB_DOMAIN: 1},
         lambda graph: MaskContract(graph).adopt(),
+        ("fp32",),
     ),
+    "tensorrt": Target(ATTENTION, {"": 24}, _lower_to_standard_attention, ("fp32", "fp16", "bf16")),
 }
 
 

@@ -12,18 +12,28 @@ from exporter.passes.fold_layernorm1p import FoldLayerNorm1P
 from exporter.passes.fold_weight_transposes import FoldWeightTransposes
 from exporter.passes.fuse_partial_rope_attention import FusePartialRopeAttention
 from exporter.passes.requested_logits import RequestedLogits
+from exporter.passes.set_precision import SetPrecision
 from exporter.passes.square_relu import SquareRelu
 from exporter.spec import NemotronSpec
 
 
-def pipeline(spec: NemotronSpec, cos: NDArray[np.float32], sin: NDArray[np.float32]) -> list[GraphPass]:
-    """The passes in order; cos and sin are the rotary tables, float32 [max_length, rotary_dim/2]."""
+def pipeline(
+    spec: NemotronSpec, cos: NDArray[np.float32], sin: NDArray[np.float32], precision: str = "fp32"
+) -> list[GraphPass]:
+    """The passes in order.
+
+    Args:
+        spec: what the model has.
+        cos, sin: the rotary tables, float32 [max_length, rotary_dim/2].
+        precision: one of `exporter.passes.set_precision.DTYPES`.
+    """
     return [
         FoldLayerNorm1P(spec.layers),
         FusePartialRopeAttention(spec, cos, sin),
         RequestedLogits(),
         SquareRelu(spec.layers if spec.activation == "relu2" else 0),
         FoldWeightTransposes(),
+        SetPrecision(precision),
         CleanUp(),
     ]
 

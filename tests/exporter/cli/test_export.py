@@ -164,6 +164,6 @@ def test_the_choices_are_what_the_exporter_and_the_runtime_know():
     from runtime import session
 
     assert tuple(export.TASKS) == command.TASKS
-    assert tuple(export.PRECISIONS) == command.PRECISIONS
     assert tuple(lowering.TARGETS) == command.TARGETS
+    assert {p for target in lowering.TARGETS.values() for p in target.precisions} == set(command.PRECISIONS)
     assert (session.BACKENDS, session.DEVICES) == (_options.BACKENDS, _options.DEVICES)
