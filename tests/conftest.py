@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,28 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from exporter.export import ExportOptions, export
 
     return export(TINY, tmp_path_factory.mktemp("exported") / "tiny", ExportOptions()).bundle
+
+
+@pytest.fixture(scope="session")
+def tensorrt_bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tensorrt_bundle_of(precision)`: the trained checkpoint for TensorRT, not gated. Tests must not write into it."""
+    from exporter.export import ExportOptions, export
+
+    place = tmp_path_factory.mktemp("exported")
+
+    def bundle(precision: str) -> Path:
+        directory = place / f"tiny-tensorrt-{precision}"
+        if not directory.exists():
+            export(TINY, directory, ExportOptions(target="tensorrt", precision=precision, verify=False))
+        return directory
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def tensorrt_bundle(tensorrt_bundle_of: Callable[[str], Path]) -> Path:
+    """The trained checkpoint for TensorRT in fp16, not gated. Tests must not write into it."""
+    return tensorrt_bundle_of("fp16")
 
 
 @pytest.fixture
