@@ -20,6 +20,8 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GOLDEN = "golden.npz"
+ENGINES = "engines"  # a directory
+PLAN = "model.plan"  # in a directory of its own under that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,39 @@ class FileRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Engine(Record):
+    """A TensorRT engine of the bundle's graph, and what it was built for.
+
+    Attributes:
+        path: the plan's file, as `files` names it.
+        flavor: "tensorrt" or "tensorrt-rtx"; `version` is that of the package that built it.
+        capabilities: compute capabilities of the GPUs that it runs on, as "8.9".
+        max_batch_size, max_input_len: the most rows, and tokens of a row, that a step may have.
+        max_seq_len: the cache's capacity, which is fixed.
+        max_kept: the most positions of a row that a step gives logits of.
+        precision: the graph's.
+        causality: "lower-right" or "mask".
+        graph_sha256: of the graph it was built from.
+        assumptions: what it relies on that nobody has written down.
+        selftested_on: devices on which the golden cases have passed.
+    """
+
+    path: str
+    flavor: str
+    version: str
+    capabilities: tuple[str, ...]
+    max_batch_size: int
+    max_input_len: int
+    max_seq_len: int
+    max_kept: int
+    precision: str
+    causality: str
+    graph_sha256: str
+    assumptions: tuple[str, ...] = ()
+    selftested_on: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest(Record):
     """`manifest.json`: what the bundle is, where it came from, what was checked, and every file beside it."""
 
@@ -110,7 +145,7 @@ class Manifest(Record):
     lowering: Lowering | None = None
     parity: Parity | None = None
     quality: dict[str, Any] | None = None
-    engines: tuple[dict[str, Any], ...] = ()
+    engines: tuple[Engine, ...] = ()
     files: dict[str, FileRecord] = field(default_factory=dict)
 
     @classmethod

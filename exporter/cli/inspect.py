@@ -98,7 +98,7 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
             ("cache", cache and f"{size(cache)} per token, {size(cache * manifest.max_length)} per full row"),
             ("passes", ", ".join(f"{record.name} ×{record.count}" for record in manifest.passes)),
             ("attention", lowering and ", ".join((lowering.attention, *lowering.fallbacks))),
-            ("engines", ", ".join(str(engine.get("path")) for engine in manifest.engines) or "none"),
+            ("engines", ", ".join(engine.path for engine in manifest.engines) or "none"),
             ("golden", _golden_line(golden)),
             ("parity", _parity_line(bundle)),
         ]
