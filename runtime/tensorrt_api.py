@@ -12,7 +12,7 @@ from runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Flavor:
-    """One of the two TensorRTs: its module, our extra that installs it, and the oldest version that has what we need."""
+    """One of the two TensorRTs: its module, our extra that installs it, and the oldest version that will do."""
 
     module: str
     extra: str
