@@ -1,17 +1,34 @@
-"""Names of the graph tensors of target `onnxruntime`: the agreement between exporter and runtime.
+"""Names of the graphs' tensors: the agreement between exporter and runtime.
+
+Both targets have
 
 | tensor                     | dtype   | shape                                  |
 |----------------------------|---------|----------------------------------------|
 | `input_ids`                | int64   | [batch, sequence]                      |
+| `logits`                   | float   | [batch, kept, vocab]                   |
+
+and beside them, target `onnxruntime` (Hugging Face's names):
+
+| tensor                     | dtype   | shape                                  |
+|----------------------------|---------|----------------------------------------|
 | `attention_mask`           | int64   | [batch, total]                         |
 | `past_key_values.N.key`    | float   | [batch, kv_heads, past, head_dim]      |
 | `past_key_values.N.value`  | float   | [batch, kv_heads, past, head_dim]      |
 | `logits_to_keep`           | int64   | [1], default 1                         |
-| `logits`                   | float   | [batch, logits_to_keep, vocab]         |
 | `present.N.key`, `.value`  | float   | [batch, kv_heads, max(past, total), head_dim] |
 
 `total` counts cached and new tokens; a row's mask is ones for its real tokens, then zeros (padding on the
-right).
+right). Target `tensorrt`, which has no mask:
+
+| tensor                     | dtype   | shape                                  |
+|----------------------------|---------|----------------------------------------|
+| `write_indices`            | int64   | [batch], cached tokens of each row     |
+| `logits_indices`           | int64   | [batch, kept], columns of `input_ids`  |
+| `past_key_values.N.key`    | float   | [batch, kv_heads, capacity, head_dim]  |
+| `past_key_values.N.value`  | float   | [batch, kv_heads, capacity, head_dim]  |
+| `present.N.key`, `.value`  | float   | the same, sharing memory with the past |
+
+What a step feeds, and which rows can share one, is in `runtime.steps`.
 """
 
 from __future__ import annotations

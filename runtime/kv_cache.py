@@ -77,7 +77,9 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         UserError: numpy, and ONNX Runtime's CPU kernels, have none of that name (bfloat16).
     """
     if name not in _DTYPES:
-        raise UserError(f"{name} does not run on ONNX Runtime here; export with --precision fp16 or fp32")
+        raise UserError(
+            f"{name} does not run on ONNX Runtime; build a TensorRT engine, or export with --precision fp16 or fp32"
+        )
     return np.dtype(_DTYPES[name])
 
 

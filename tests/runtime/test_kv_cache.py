@@ -44,7 +44,7 @@ def test_half_precision_takes_half_the_memory() -> None:
 
 
 def test_bfloat16_names_the_precisions_that_run() -> None:
-    with pytest.raises(UserError, match=r"bfloat16 does not run on ONNX Runtime here; .* fp16 or fp32"):
+    with pytest.raises(UserError, match=r"bfloat16 does not run on ONNX Runtime; .* fp16 or fp32"):
         KVCache(CacheGeometry(1, 3, 4, "bfloat16"), slots=1, capacity=5)
 
 

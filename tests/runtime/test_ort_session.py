@@ -13,7 +13,7 @@ import transformers
 
 from runtime.bundle import Bundle
 from runtime.errors import UserError
-from runtime.ort_session import OrtSession, split_step
+from runtime.ort_session import OrtSession
 
 Reference = transformers.NemotronForCausalLM
 
@@ -186,15 +186,3 @@ def test_a_step_that_would_go_wrong_is_refused(session: OrtSession, change: dict
     keep = step.pop("keep", 1)
     with pytest.raises(UserError, match=message):
         session.step(**{name: np.array(value) for name, value in step.items()}, keep=keep)
-
-
-def test_a_step_runs_in_as_few_batches_as_the_kernel_allows() -> None:
-    def batches(lengths: list[int], past: list[int], slots: list[int]) -> list[tuple[int, int]]:
-        return [(s.start, s.stop) for s in split_step(*(np.array(a) for a in (lengths, past, slots)))]
-
-    assert batches([3, 2, 5], [0, 0, 0], [0, 1, 2]) == [(0, 3)]
-    assert batches([1, 1, 1], [4, 0, 9], [1, 2, 3]) == [(0, 3)]
-    assert batches([1, 1, 1], [4, 4, 4], [0, 2, 3]) == [(0, 1), (1, 3)]
-    assert batches([2, 2], [3, 3], [0, 1]) == [(0, 1), (1, 2)]
-    assert batches([1, 1, 4, 1], [3, 3, 0, 0], [0, 1, 2, 3]) == [(0, 2), (2, 4)]
-    assert batches([1], [5], [2]) == [(0, 1)]

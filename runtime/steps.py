@@ -1,0 +1,152 @@
+"""A step, between the caller and a graph: what is refused, which rows run together, what the graph is fed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS_INDICES, LOGITS_TO_KEEP, WRITE_INDICES
+from runtime.errors import UserError
+from runtime.session import Ints
+
+
+@dataclass(frozen=True)
+class Step:
+    """The arguments of `Session.step`, checked: int64, padding 0, slots given."""
+
+    tokens: Ints
+    lengths: Ints
+    past: Ints
+    slots: Ints
+    keep: int
+
+    def rows(self, rows: slice) -> Step:
+        """Some of the rows, without the columns that are padding in all of them."""
+        width = int(self.lengths[rows].max())
+        return Step(self.tokens[rows, :width], self.lengths[rows], self.past[rows], self.slots[rows], self.keep)
+
+
+class GraphContract(Protocol):
+    """How one target's graph is driven."""
+
+    def split(self, step: Step, capacity: int) -> list[slice]:
+        """Cut a step into runs of rows that the graph can take at once, on its cache as it lies in memory."""
+        ...
+
+    def feeds(self, step: Step) -> dict[str, Ints]:
+        """The graph's inputs but for the cache, for rows that run together; each array is contiguous."""
+        ...
+
+
+class MaskContract:
+    """Target `onnxruntime`: a mask says which tokens are real."""
+
+    def split(self, step: Step, capacity: int) -> list[slice]:  # noqa: ARG002 - the mask keeps padding out of the cache
+        """Several new tokens and a past do not meet in one batch: there GroupQueryAttention takes one row at a time."""
+
+        def together(rows: slice) -> bool:
+            return bool(step.lengths[rows].max() == 1 or not step.past[rows].any())
+
+        return _runs(step.slots, together)
+
+    def feeds(self, step: Step) -> dict[str, Ints]:
+        """Tokens, mask [batch, total] and how many logits are kept."""
+        valid = step.past + step.lengths
+        return {
+            INPUT_IDS: np.ascontiguousarray(step.tokens),
+            ATTENTION_MASK: (np.arange(valid.max()) < valid[:, None]).astype(np.int64),
+            LOGITS_TO_KEEP: np.array([step.keep], np.int64),
+        }
+
+
+class IndexContract:
+    """Target `tensorrt`: each row is written from its own index on, padding included."""
+
+    def split(self, step: Step, capacity: int) -> list[slice]:
+        """Rows run apart where the padding that they would give each other passes the capacity."""
+
+        def together(rows: slice) -> bool:
+            return bool(step.past[rows].max() + step.lengths[rows].max() <= capacity)
+
+        return _runs(step.slots, together)
+
+    def feeds(self, step: Step) -> dict[str, Ints]:
+        """Tokens, where each row's are written, and the columns whose logits are wanted, none below 0."""
+        last = step.lengths[:, None] - 1
+        return {
+            INPUT_IDS: np.ascontiguousarray(step.tokens),
+            WRITE_INDICES: np.ascontiguousarray(step.past),
+            LOGITS_INDICES: np.maximum(last + np.arange(1 - step.keep, 1), 0),
+        }
+
+
+CONTRACTS: dict[str, GraphContract] = {"onnxruntime": MaskContract(), "tensorrt": IndexContract()}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step may ask of a session: cache rows, tokens per row, vocabulary, and the largest capacity there is."""
+
+    slots: int
+    capacity: int
+    vocab_size: int
+    max_length: int
+
+    def checked(self, tokens: Ints, lengths: Ints, past: Ints, slots: Ints | None, keep: int) -> Step:
+        """Refuse a step that a graph would get wrong; return it with the padding made harmless.
+
+        Raises:
+            UserError: shapes that do not fit, a number out of range, a row that passes the capacity.
+        """
+        tokens, lengths, past = (np.asarray(a, np.int64) for a in (tokens, lengths, past))
+        slots = np.arange(len(tokens)) if slots is None else np.asarray(slots, np.int64)
+        shapes = [a.shape for a in (tokens, lengths, past, slots)]
+        if tokens.ndim != 2 or tokens.size == 0 or any(shape != tokens.shape[:1] for shape in shapes[1:]):
+            raise UserError(f"a step takes tokens [batch, sequence] and three arrays [batch], not {shapes}")
+        if keep < 1:
+            raise UserError(f"keep should be at least 1, not {keep}")
+        if (lengths < 1).any() or (lengths > tokens.shape[1]).any():
+            raise UserError(f"lengths {lengths.tolist()} should be within 1..{tokens.shape[1]}")
+        if (slots < 0).any() or (slots >= self.slots).any() or len(np.unique(slots)) != len(slots):
+            raise UserError(f"slots {slots.tolist()} should be distinct and within 0..{self.slots - 1}")
+        if (past < 0).any():
+            raise UserError(f"past lengths {past.tolist()} should not be negative")
+        for row in np.flatnonzero(past + lengths > self.capacity):
+            raise UserError(
+                f"row {row}: {past[row]} cached and {lengths[row]} new tokens pass the capacity of "
+                f"{self.capacity}; send fewer, or open the session with up to {self.max_length}"
+            )
+        real = np.arange(tokens.shape[1]) < lengths[:, None]
+        for row, column in np.argwhere(real & ((tokens < 0) | (tokens >= self.vocab_size))):
+            raise UserError(
+                f"row {row}: token id {tokens[row, column]} is outside the vocabulary of {self.vocab_size}; "
+                "use ids of this bundle's tokenizer"
+            )
+        return Step(np.where(real, tokens, 0), lengths, past, slots, keep)
+
+
+def check_allocation(slots: int, capacity: int, limit: int, where: object) -> None:
+    """Refuse a cache of nothing, or of more tokens than `where` was made for.
+
+    Raises:
+        UserError: either.
+    """
+    if capacity < 1 or slots < 1:
+        raise UserError(f"a cache of {slots} slots of {capacity} tokens is none; ask for at least one of each")
+    if capacity > limit:
+        raise UserError(
+            f"a capacity of {capacity} tokens passes the {limit} of {where}; "
+            "ask for less, or export with a larger --max-length"
+        )
+
+
+def _runs(slots: Ints, together: Callable[[slice], bool]) -> list[slice]:
+    """Rows of consecutive slots, as many at once as `together` allows."""
+    cuts = [0]
+    for row in range(1, len(slots)):
+        if slots[row] != slots[row - 1] + 1 or not together(slice(cuts[-1], row + 1)):
+            cuts.append(row)
+    return [slice(start, stop) for start, stop in zip(cuts, [*cuts[1:], len(slots)], strict=True)]
