@@ -108,6 +108,7 @@ class Engine(Record):
         precision: the graph's.
         causality: "lower-right" or "mask".
         graph_sha256: of the graph it was built from.
+        flags: how it was built beyond its shapes: "weight-streaming", "strip", …
         assumptions: what it relies on that nobody has written down.
         selftested_on: devices on which the golden cases have passed.
     """
@@ -123,6 +124,7 @@ class Engine(Record):
     precision: str
     causality: str
     graph_sha256: str
+    flags: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
     selftested_on: tuple[str, ...] = ()
 

@@ -1,0 +1,179 @@
+"""What an engine is built for: GPUs, shapes and flags, each checked before anything is parsed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plugins.tensorrt_network import LOWER_RIGHT
+from runtime.cuda import Cuda
+from runtime.errors import UserError
+from runtime.tensorrt_api import FLAVORS
+
+MAX_KEPT = 16  # logits of more positions at once take memory that generation never needs
+HARDWARE_COMPATIBILITY = ("ampere-plus", "same-compute-capability")
+PROFILING_VERBOSITY = ("layer-names", "detailed", "none")
+_OLDEST_CAPABILITY = {"bf16": (8, 0)}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build; defaults as on the command line.
+
+    Attributes:
+        flavor: one of `runtime.tensorrt_api.FLAVORS`.
+        capabilities: compute capabilities to build for, as "8.9" (default: that of the GPU here).
+        max_batch_size: the most rows of a step.
+        max_input_len: the most tokens of a row in one step (default: 1024, or the capacity where that is less).
+        max_seq_len: the cache's capacity (default: 4096, or the bundle's maximum where that is less).
+        causality: one of `plugins.tensorrt_network.CAUSALITIES`.
+        optimization_level: 0 to 5, TensorRT's own by default.
+        hardware_compatibility: one of HARDWARE_COMPATIBILITY; flavor tensorrt.
+        version_compatible: let later versions load the engine; flavor tensorrt.
+        weight_streaming: let weights stay in host memory when the engine runs.
+        refit, strip: weights can be replaced in the engine; are left out of it. They need a GPU here.
+        profiling_verbosity: one of PROFILING_VERBOSITY: what profilers see of the layers.
+        timing_cache: a file that remembers measured kernels from build to build; flavor tensorrt.
+        force: replace an engine that exists.
+    """
+
+    flavor: str
+    capabilities: tuple[str, ...] = ()
+    max_batch_size: int = 1
+    max_input_len: int | None = None
+    max_seq_len: int | None = None
+    causality: str = LOWER_RIGHT
+    optimization_level: int | None = None
+    hardware_compatibility: str | None = None
+    version_compatible: bool = False
+    weight_streaming: bool = False
+    refit: bool = False
+    strip: bool = False
+    profiling_verbosity: str | None = None
+    timing_cache: Path | None = None
+    force: bool = False
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What the engine's record says of how it was built beyond its shapes."""
+        named = {
+            "version-compatible": self.version_compatible,
+            "weight-streaming": self.weight_streaming,
+            "refit": self.refit,
+            "strip": self.strip,
+            f"hardware-compatible {self.hardware_compatibility}": bool(self.hardware_compatibility),
+        }
+        return tuple(name for name, given in named.items() if given)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The most rows, tokens of a row, cache positions, and positions with logits, of a step."""
+
+    batch: int
+    input_len: int
+    capacity: int
+    kept: int
+
+
+def check_options(options: BuildOptions) -> None:
+    """Refuse what a flavor does not have.
+
+    Raises:
+        UserError: an unknown flavor, or an option that means nothing to it.
+    """
+    if options.flavor not in FLAVORS:
+        raise UserError(f"unknown flavor {options.flavor!r}; known: {', '.join(FLAVORS)}")
+    if options.flavor == "tensorrt":
+        return
+    refused = {
+        "--hardware-compatibility": (options.hardware_compatibility, "give --compute-capability more than once"),
+        "--version-compatible": (options.version_compatible, "build again with each version"),
+        "--timing-cache": (options.timing_cache, "it times kernels where the engine runs, so drop it"),
+    }
+    for flag, (given, remedy) in refused.items():
+        if given:
+            raise UserError(f"{flag} means nothing to flavor {options.flavor}; {remedy}")
+    if (options.refit or options.strip) and local_capability() is None:
+        flag = "--strip" if options.strip else "--refit"
+        raise UserError(f"{flag} needs an NVIDIA GPU while building, and none is found here; drop it or build there")
+
+
+def resolve_shapes(options: BuildOptions, max_length: int) -> Shapes:
+    """The step's largest shapes, with defaults filled in.
+
+    Raises:
+        UserError: a length beyond the bundle's maximum or the capacity, or a number below 1.
+    """
+    capacity = min(4096, max_length) if options.max_seq_len is None else options.max_seq_len
+    if not 1 <= capacity <= max_length:
+        raise UserError(f"--max-seq-len should be within 1..{max_length}, the bundle's max_length; found {capacity}")
+    input_len = min(1024, capacity) if options.max_input_len is None else options.max_input_len
+    if not 1 <= input_len <= capacity:
+        raise UserError(f"--max-input-len should be within 1..{capacity}, the --max-seq-len; found {input_len}")
+    if options.max_batch_size < 1:
+        raise UserError(f"--max-batch-size should be at least 1, found {options.max_batch_size}; give a larger one")
+    return Shapes(options.max_batch_size, input_len, capacity, min(MAX_KEPT, input_len))
+
+
+def resolve_capabilities(trt: Any, options: BuildOptions, precision: str) -> tuple[str, ...]:
+    """The compute capabilities to build for, each known to the builder and able to compute in the precision.
+
+    Raises:
+        UserError: a capability is misspelled, unknown, not the local GPU's where it must be, or lacks the precision.
+    """
+    given = tuple(dict.fromkeys(options.capabilities))
+    for capability in given:
+        if not re.fullmatch(r"\d{1,2}\.\d", capability):
+            raise UserError(f"compute capability {capability!r} is not a number like 8.9; see your GPU's")
+    found: tuple[str, ...]
+    if options.flavor == "tensorrt":
+        found = (_local_for_tensorrt(given),)
+    else:
+        found = given or (_local_for_rtx(),)
+        members = trt.ComputeCapability.__members__
+        known = [f"{name[2:-1]}.{name[-1]}" for name in members if name.startswith("SM")]
+        for capability in found:
+            if capability not in known:
+                raise UserError(
+                    f"{options.flavor} {trt.__version__} does not build for compute capability {capability}; "
+                    f"known: {', '.join(known)}"
+                )
+    oldest = _OLDEST_CAPABILITY.get(precision, (0, 0))
+    for capability in found:
+        if tuple(map(int, capability.split("."))) < oldest:
+            raise UserError(
+                f"compute capability {capability} lacks {precision}, which begins with {oldest[0]}.{oldest[1]}; "
+                "export with --precision fp16"
+            )
+    return found
+
+
+def local_capability() -> str | None:
+    """The compute capability of the first GPU here, as "8.9"; None without one."""
+    gpu = Cuda().gpu()
+    return gpu.capability if gpu else None
+
+
+def _local_for_tensorrt(given: tuple[str, ...]) -> str:
+    local = local_capability()
+    if local is None:
+        raise UserError(
+            "flavor tensorrt builds on the GPU that will run the engine, and no NVIDIA GPU is found here; "
+            "build there, or use --flavor tensorrt-rtx --compute-capability 8.9"
+        )
+    if given not in ((), (local,)):
+        raise UserError(
+            f"flavor tensorrt builds for the GPU here, which is {local}, not for {', '.join(given)}; "
+            "drop --compute-capability, or use --flavor tensorrt-rtx"
+        )
+    return local
+
+
+def _local_for_rtx() -> str:
+    local = local_capability()
+    if local is None:
+        raise UserError("no NVIDIA GPU is found here; name the one to build for, such as --compute-capability 8.9")
+    return local
