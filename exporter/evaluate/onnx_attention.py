@@ -1,0 +1,85 @@
+"""The two attention operators of our graphs: ONNX's own, and ONNX Runtime's GroupQueryAttention."""
+
+from __future__ import annotations
+
+import torch
+
+from exporter.evaluate import ops
+from exporter.evaluate.onnx_attributes import Attributes
+from exporter.evaluate.program import CannotEvaluate, Compute
+
+Tensor = torch.Tensor
+
+
+def attention(a: Attributes) -> Compute:
+    """`Attention` of opset 24 on 4-D tensors and a cache of static capacity.
+
+    Causal means j ≤ i + (nonpad_kv_seqlen − queries) with lengths, and j ≤ i without, as in ONNX's reference
+    implementation.
+    """
+    is_causal, scale = bool(a.get("is_causal", 0)), a.get("scale")
+    for name in ("qk_matmul_output_mode", "q_num_heads", "kv_num_heads"):
+        a.only(name, 0)
+    a.only("softcap", 0.0)
+    a.only("softmax_precision", None, 1)  # FLOAT: what is computed here in any case
+
+    def compute(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        past_key: Tensor | None = None,
+        past_value: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        if past_key is not None or past_value is not None:
+            raise CannotEvaluate("past_key of Attention")
+        queries, keys = query.shape[2], key.shape[2]
+        masks = [] if mask is None else [mask]
+        if is_causal:
+            masks.append(ops.causal(queries, keys, torch.zeros(1) if lengths is None else lengths - queries))
+        if lengths is not None:
+            masks.append(ops.shorter(keys, lengths))
+        return ops.attend(query, key, value, masks, query.shape[-1] ** -0.5 if scale is None else scale)
+
+    return compute
+
+
+def group_query_attention(a: Attributes) -> Compute:
+    """`com.microsoft::GroupQueryAttention` with rotary inside, where past and present are one buffer.
+
+    `seqlens_k` is each row's last valid key after the step. A row has as many new tokens as its keys leave room for:
+    a prefill, in which no row has a past, starts at 0; later steps are of one length.
+    """
+    heads, kv_heads, scale = a.get("num_heads"), a.get("kv_num_heads"), a.get("scale")
+    a.only("do_rotary", 1)
+    a.only("rotary_interleaved", 0)
+
+    def split(x: Tensor, count: int) -> Tensor:
+        return x.reshape(*x.shape[:2], count, -1).transpose(1, 2)
+
+    def compute(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        last_key: Tensor,
+        total: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sequence = query.shape[1]
+        starts = torch.zeros_like(last_key) if int(total) <= sequence else last_key + 1 - sequence
+        positions = starts.long()[:, None] + torch.arange(sequence)
+        room = max(int(total) - past_key.shape[2], 0)
+        past_key, past_value = (torch.nn.functional.pad(past, (0, 0, 0, room)) for past in (past_key, past_value))
+        rotated = ops.rotate(split(key, kv_heads), cos, sin, positions, 2 * cos.shape[1]).to(key.dtype)
+        present_key = ops.write_cache(past_key, rotated, starts)
+        present_value = ops.write_cache(past_value, split(value, kv_heads), starts)
+        turned = ops.rotate(split(query, heads), cos, sin, positions, 2 * cos.shape[1]).to(query.dtype)
+        seen = ops.causal(sequence, present_key.shape[2], starts)
+        context = ops.attend(turned, present_key, present_value, [seen], scale or turned.shape[-1] ** -0.5)
+        return context.transpose(1, 2).flatten(2), present_key, present_value
+
+    return compute

@@ -1,0 +1,112 @@
+"""An ONNX graph as a program, its weights read from the file when they are needed."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from exporter.evaluate.onnx_attributes import Attributes
+from exporter.evaluate.onnx_operators import OPERATORS
+from exporter.evaluate.program import CannotEvaluate, Edge, Program, Step, in_order
+
+Tensor = torch.Tensor
+
+_DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.INT64: torch.int64,
+    ir.DataType.INT32: torch.int32,
+    ir.DataType.BOOL: torch.bool,
+}
+
+
+_BOOLEAN = {"Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or", "Xor", "Not"}
+
+
+def load_graph(path: Path) -> Program:
+    """An ONNX file as a program; weights are read from the file, mapped into memory, when a step needs them."""
+    return compile_graph(ir.load(path))
+
+
+def compile_graph(model: ir.Model) -> Program:
+    """An ONNX model as a program.
+
+    Raises:
+        CannotEvaluate: an operator, attribute or dtype without a meaning here, or one declared against ONNX's rules.
+    """
+    graph = model.graph
+    dtypes = {_name(value): _dtype(value) for value in [*graph.inputs, *graph.initializers.values()]}
+    constants = {
+        name: partial(_read, cast(ir.TensorProtocol, value.const_value)) for name, value in graph.initializers.items()
+    }
+    steps = []
+    for node in graph:
+        key = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        if key not in OPERATORS:
+            raise CannotEvaluate(f"operator {key}")
+        attributes = Attributes(node)
+        compute = OPERATORS[key](attributes)
+        attributes.finish()
+        edges = tuple(_edge(value, _result_dtype(node, dtypes)) for value in node.outputs)
+        dtypes |= {edge.name: edge.dtype for edge in edges}
+        inputs = tuple(None if value is None else _name(value) for value in node.inputs)
+        steps.append(Step(attributes.label, inputs, edges, compute))
+    fed = tuple(Edge(_name(value), _dtype(value)) for value in graph.inputs)
+    outputs = tuple(map(_name, graph.outputs))
+    return Program(fed, constants, in_order(steps, [*constants, *(edge.name for edge in fed)], outputs), outputs, model)
+
+
+def _edge(value: ir.Value, dtype: torch.dtype) -> Edge:
+    if value.dtype is not None and _dtype(value) != dtype:
+        raise CannotEvaluate(f"rule of ONNX by which {value.name} is {value.dtype.name} and not {dtype}")
+    return Edge(_name(value), dtype)
+
+
+def _result_dtype(node: ir.Node, dtypes: dict[str, torch.dtype]) -> torch.dtype:
+    """The dtype that ONNX gives a node's outputs: that of its first input, but for a few."""
+    if node.op_type == "Cast":
+        return _torch_dtype(ir.DataType(node.attributes["to"].as_int()), f"Cast {node.outputs[0].name}")
+    if node.op_type == "Shape":
+        return torch.int64
+    if node.op_type in _BOOLEAN:
+        return torch.bool
+    typed = node.inputs[1 if node.op_type == "Where" else 0]
+    assert typed is not None
+    return dtypes[_name(typed)]
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name is not None
+    return value.name
+
+
+def _dtype(value: ir.Value) -> torch.dtype:
+    found = value.dtype if value.dtype is not None or value.const_value is None else value.const_value.dtype
+    return _torch_dtype(found, f"value {value.name}")
+
+
+def _torch_dtype(found: ir.DataType | None, what: str) -> torch.dtype:
+    if found not in _DTYPES:
+        raise CannotEvaluate(f"dtype {found} of {what}")
+    return _DTYPES[found]
+
+
+def _read(tensor: ir.TensorProtocol) -> Tensor:
+    array = tensor.numpy()
+    if tensor.dtype == ir.DataType.BFLOAT16:
+        return as_torch(array.view(np.int16)).view(torch.bfloat16)
+    return as_torch(array)
+
+
+def as_torch(array: np.ndarray[Any, Any]) -> Tensor:
+    """The same memory as a tensor; that it may be read-only does not matter, for nothing here writes to a weight."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)

@@ -1,0 +1,166 @@
+"""The Session of an evaluated graph or network, so that what checks a backend checks these too."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from exporter import __version__
+from exporter.evaluate.network import compile_network
+from exporter.evaluate.onnx_graph import as_torch, load_graph
+from exporter.evaluate.program import Program
+from exporter.network import parse
+from plugins.tensorrt_network import LOWER_RIGHT
+from runtime.bundle import Bundle, CacheGeometry
+from runtime.contract import LOGITS, past_names, present_names
+from runtime.errors import UserError
+from runtime.hardware import cpu_name
+from runtime.manifest import MODEL
+from runtime.session import Floats, Ints
+from runtime.steps import CONTRACTS, Limits, Step, check_allocation
+from runtime.tensorrt_api import FLAVORS, import_tensorrt
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class EvaluatedCache:
+    """Per layer one key and one value tensor [slots, kv_heads, capacity, head_dim], in the graph's dtype."""
+
+    def __init__(self, geometry: CacheGeometry, slots: int, capacity: int) -> None:
+        self.shape = (slots, geometry.kv_heads, capacity, geometry.head_dim)
+        self.layers = geometry.layers
+        self.tensors = {
+            name: torch.zeros(self.shape, dtype=_DTYPES[geometry.dtype])
+            for layer in range(self.layers)
+            for name in past_names(layer)
+        }
+
+    def read(self, layer: int) -> tuple[Floats, Floats]:
+        """A layer's keys and values [slots, kv_heads, capacity, head_dim] in fp32, which holds every value exactly."""
+        key, value = (self.tensors[name].float().numpy() for name in past_names(layer))
+        return key, value
+
+    def write(self, layer: int, key: NDArray[Any], value: NDArray[Any]) -> None:
+        """Fill one layer's keys and values, each [slots, kv_heads, capacity, head_dim], rounded as the cache is."""
+        for name, given in zip(past_names(layer), (key, value), strict=True):
+            if given.shape != self.shape:
+                raise ValueError(f"expected {self.shape}, found {given.shape}")
+            self.tensors[name].copy_(as_torch(np.ascontiguousarray(given)))
+
+
+class EvaluatedSession:
+    """See `runtime.session.Session` for what the members mean.
+
+    Attributes:
+        non_finite: every edge that was not finite in a step of this session or of one reopened from it, in the order
+            of the steps: what follows from the first of them is its consequence.
+    """
+
+    device: str
+
+    def __init__(self, bundle: Bundle, programs: Callable[[int], Program], backend: str, version: str) -> None:
+        """Nothing is read yet: the first step asks for the program.
+
+        Args:
+            bundle: what is evaluated.
+            programs: the program for a capacity; a network's capacity is static.
+            backend: what is evaluated, in words.
+            version: of what made it.
+        """
+        self.backend, self.version, self.device = backend, version, cpu_name()
+        self.vocab_size = bundle.vocab_size
+        self.non_finite: list[str] = []
+        self._bundle = bundle
+        self._programs = programs
+        self._contract = CONTRACTS[bundle.manifest.target]
+        self._allocate(1, 1)
+
+    def reopen(self, *, slots: int, capacity: int) -> Self:
+        """The same graph with a cache of its own."""
+        other = copy.copy(self)
+        other.__dict__.pop("_program", None)
+        other._allocate(slots, capacity)
+        return other
+
+    def step(self, tokens: Ints, lengths: Ints, past_lengths: Ints, slots: Ints | None = None, keep: int = 1) -> Floats:
+        """Append tokens and return logits, float32 [batch, keep, vocab]; see `Session.step`."""
+        limits = Limits(self.slots, self.capacity, self.vocab_size, self._bundle.manifest.max_length)
+        step = limits.checked(tokens, lengths, past_lengths, slots, keep)
+        runs = [self._run(step.rows(rows)) for rows in self._contract.split(step, self.capacity)]
+        return np.concatenate(runs)
+
+    def _run(self, step: Step) -> Floats:
+        """Run rows of consecutive slots."""
+        rows = slice(int(step.slots[0]), int(step.slots[0]) + len(step.slots))
+        feeds = {name: as_torch(array) for name, array in self._contract.feeds(step).items()}
+        result = self._program.run(feeds | {name: cache[rows] for name, cache in self.cache.tensors.items()})
+        self.non_finite += result.non_finite
+        for layer in range(self.cache.layers):
+            for past, present in zip(past_names(layer), present_names(layer), strict=True):
+                self.cache.tensors[past][rows] = result.outputs[present]
+        logits: Floats = result.outputs[LOGITS].float().numpy()
+        return logits
+
+    @cached_property
+    def _program(self) -> Program:
+        return self._programs(self.capacity)
+
+    def _allocate(self, slots: int, capacity: int) -> None:
+        check_allocation(slots, capacity, self._bundle.manifest.max_length, self._bundle.path)
+        self.slots, self.capacity = slots, capacity
+        self.cache = EvaluatedCache(self._bundle.cache_geometry, slots, capacity)
+
+
+def evaluate_graph(bundle: Bundle) -> EvaluatedSession:
+    """A session of the bundle's ONNX graph, which is one program whatever the capacity."""
+    program = load_graph(bundle.file(MODEL))
+    return EvaluatedSession(bundle, lambda _: program, "nemotron-export evaluation of the ONNX graph", __version__)
+
+
+def evaluate_network(bundle: Bundle, flavor: str | None = None, causality: str = LOWER_RIGHT) -> EvaluatedSession:
+    """A session of what TensorRT's parser makes of the bundle's graph, mended as `build` mends it; no GPU is needed.
+
+    Each capacity is a network of its own, parsed when its first step comes.
+
+    Args:
+        bundle: one of target `tensorrt`.
+        flavor: whose parser (default: the one that is installed, `tensorrt` first).
+        causality: as in `build`.
+
+    Raises:
+        UserError: the bundle is of another target, or no TensorRT is installed.
+    """
+    if bundle.manifest.target != "tensorrt":
+        raise UserError(f"{bundle.path} is for {bundle.manifest.target}; export it with --target tensorrt")
+    flavor, trt = installed(flavor)
+    weights = load_graph(bundle.file(MODEL)).constants
+
+    def program(capacity: int) -> Program:
+        parsed = parse(trt, bundle, capacity)
+        parsed.mend(causality)
+        return compile_network(trt, parsed.network, weights, owner=parsed)
+
+    return EvaluatedSession(bundle, program, f"nemotron-export evaluation of the {flavor} network", trt.__version__)
+
+
+def installed(flavor: str | None = None) -> tuple[str, Any]:
+    """A flavor's name and module: the one asked for, else the first that can be imported.
+
+    Raises:
+        UserError: there is none.
+    """
+    if flavor is not None:
+        return flavor, import_tensorrt(flavor)
+    reasons = []
+    for name in FLAVORS:
+        try:
+            return name, import_tensorrt(name)
+        except UserError as error:
+            reasons.append(str(error))
+    raise UserError(f"no TensorRT parses networks here: {'; '.join(reasons)}")
