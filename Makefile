@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_TORCH_ARGS ?=
-EXTRAS := export,cpu,dev
+EXTRAS := export,cpu
+DEV_EXTRAS := $(EXTRAS),rtx,dev
 
 .PHONY: demo test test-all lint bench clean
 
@@ -15,15 +16,15 @@ demo: $(VENV)/.installed
 test: lint
 	$(BIN)/pytest -m "not slow and not foreign"
 
-test-all: $(VENV)/.installed
+test-all: $(VENV)/.installed-dev
 	$(BIN)/pytest -m "slow or foreign"
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
 
 # Installed once; again when what is to be installed changes.
@@ -31,6 +32,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt $(PIP_TORCH_ARGS) torch
 	$(BIN)/pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+# What tests need beyond that: TensorRT-RTX builds engines without a GPU.
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[$(DEV_EXTRAS)]"
 	touch $@
 
 clean:

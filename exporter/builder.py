@@ -31,11 +31,13 @@ def configure(
     flags = {
         "VERSION_COMPATIBLE": options.version_compatible,
         "WEIGHT_STREAMING": options.weight_streaming,
-        "REFIT": options.refit,
         "STRIP_PLAN": options.strip,
+        # Not REFIT: TensorRT's release notes own that it may drop a bias, without an error.
+        "REFIT_IDENTICAL": options.strip,
     }
     for name in (name for name, wanted in flags.items() if wanted):
         config.set_flag(trt.BuilderFlag.__members__[name])
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; it rounds what an fp32 graph multiplies to 10 bits
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if options.hardware_compatibility:

@@ -33,7 +33,7 @@ class BuildOptions:
         hardware_compatibility: one of HARDWARE_COMPATIBILITY; flavor tensorrt.
         version_compatible: let later versions load the engine; flavor tensorrt.
         weight_streaming: let weights stay in host memory when the engine runs.
-        refit, strip: weights can be replaced in the engine; are left out of it. They need a GPU here.
+        strip: leave the weights out of the engine; needs a GPU here, and the bundle's own weights when it is loaded.
         profiling_verbosity: one of PROFILING_VERBOSITY: what profilers see of the layers.
         timing_cache: a file that remembers measured kernels from build to build; flavor tensorrt.
         force: replace an engine that exists.
@@ -49,7 +49,6 @@ class BuildOptions:
     hardware_compatibility: str | None = None
     version_compatible: bool = False
     weight_streaming: bool = False
-    refit: bool = False
     strip: bool = False
     profiling_verbosity: str | None = None
     timing_cache: Path | None = None
@@ -61,7 +60,6 @@ class BuildOptions:
         named = {
             "version-compatible": self.version_compatible,
             "weight-streaming": self.weight_streaming,
-            "refit": self.refit,
             "strip": self.strip,
             f"hardware-compatible {self.hardware_compatibility}": bool(self.hardware_compatibility),
         }
@@ -96,9 +94,8 @@ def check_options(options: BuildOptions) -> None:
     for flag, (given, remedy) in refused.items():
         if given:
             raise UserError(f"{flag} means nothing to flavor {options.flavor}; {remedy}")
-    if (options.refit or options.strip) and local_capability() is None:
-        flag = "--strip" if options.strip else "--refit"
-        raise UserError(f"{flag} needs an NVIDIA GPU while building, and none is found here; drop it or build there")
+    if options.strip and local_capability() is None:
+        raise UserError("--strip needs an NVIDIA GPU while building, and none is found here; drop it or build there")
 
 
 def resolve_shapes(options: BuildOptions, max_length: int) -> Shapes:

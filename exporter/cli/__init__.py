@@ -73,6 +73,7 @@ class _Program(click.Group):
 
 def commands() -> click.Group:
     """The program: every command, in the order of its help."""
+    from exporter.cli.build import build
     from exporter.cli.chat import chat
     from exporter.cli.demo import demo
     from exporter.cli.doctor import doctor
@@ -85,7 +86,7 @@ def commands() -> click.Group:
     @click.group(
         PROGRAM,
         cls=_Program,
-        commands=(demo, export, verify, selftest, generate, chat, inspect, doctor),
+        commands=(demo, export, verify, build, selftest, generate, chat, inspect, doctor),
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     @click.version_option(__version__, prog_name=PROGRAM)
