@@ -21,7 +21,7 @@ __all__ = ["load"]
 
 
 def load(
-    bundle: str | Path, *, backend: str = "auto", device: str = "cpu", threads: int | None = None
+    bundle: str | Path, *, backend: str = "auto", device: str | None = None, threads: int | None = None
 ) -> TextGenerator:
     """Open a bundle on a backend, ready to generate.
 
@@ -30,8 +30,8 @@ def load(
 
     Args:
         bundle: the bundle's directory.
-        backend: `auto` or `onnxruntime`.
-        device: `cpu` or `cuda`.
+        backend: `onnxruntime`, `tensorrt`, `tensorrt-rtx`; or `auto`, whose `choice` the result tells.
+        device: where ONNX Runtime runs, `cpu` (default) or `cuda`.
         threads: threads within an operator (default: the backend's own choice).
 
     Raises:

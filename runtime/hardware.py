@@ -19,8 +19,12 @@ def cuda_name() -> str:
     """The NVIDIA GPUs and their driver's version: "NVIDIA L4, driver 580.82.07"."""
     cards = sorted(_PROC.glob("driver/nvidia/gpus/*/information"))
     gpus = (_search(card, r"^Model:\s*(.+)$") for card in cards)
-    driver = _search(_PROC / "driver/nvidia/version", r"Kernel Module\b.*?\s(\d[\d.]*)\s")
-    return f"{', '.join(filter(None, gpus)) or 'NVIDIA GPU'}, driver {driver or 'unknown'}"
+    return f"{', '.join(filter(None, gpus)) or 'NVIDIA GPU'}, driver {driver_version() or 'unknown'}"
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version: "580.82.07"; None where there is none."""
+    return _search(_PROC / "driver/nvidia/version", r"Kernel Module\b.*?\s(\d[\d.]*)\s")
 
 
 def _search(path: Path, pattern: str) -> str | None:

@@ -56,6 +56,8 @@ class OrtSession:
         """
         ort = import_onnxruntime()
         self.backend, self.version = f"onnxruntime-{device}", str(ort.__version__)
+        self.choice = ""
+        self.max_slots: int | None = None
         self.device = cpu_name() if device == "cpu" else cuda_name()
         self.vocab_size = bundle.vocab_size
         self._placement = device

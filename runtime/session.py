@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 from runtime.bundle import Bundle
 from runtime.errors import UserError
 
-BACKENDS = ("auto", "onnxruntime")
+if TYPE_CHECKING:
+    from runtime.engines import Chosen
+
+BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx")
 DEVICES = ("cpu", "cuda")
 
 Ints = NDArray[np.int64]
@@ -25,17 +28,21 @@ class Session(Protocol):
         backend: what runs the graph, as in results: `onnxruntime-cpu`.
         version: of the backend's library.
         device: the hardware it runs on, in words that change when the hardware or its driver does.
+        choice: where there was something to choose between, which backend was chosen and why; else empty.
         slots: rows of the cache.
         capacity: tokens per row.
         vocab_size: token ids are 0..vocab_size-1.
+        max_slots: rows that `reopen` gives at most; None where memory alone limits them.
     """
 
     backend: str
     version: str
     device: str
+    choice: str
     slots: int
     capacity: int
     vocab_size: int
+    max_slots: int | None
 
     def step(self, tokens: Ints, lengths: Ints, past_lengths: Ints, slots: Ints | None = None, keep: int = 1) -> Floats:
         """Append tokens to the cache and return logits.
@@ -69,7 +76,7 @@ def open_session(
     bundle: str | Path | Bundle,
     *,
     backend: str = "auto",
-    device: str = "cpu",
+    device: str | None = None,
     slots: int = 1,
     capacity: int | None = None,
     threads: int | None = None,
@@ -78,20 +85,48 @@ def open_session(
 
     Args:
         bundle: the bundle, or its directory.
-        backend: one of BACKENDS; `auto` takes the best the machine and the bundle have.
-        device: `cpu` or `cuda`.
+        backend: one of BACKENDS; `auto` takes TensorRT where the bundle has an engine for this GPU, else ONNX Runtime.
+        device: where ONNX Runtime runs, `cpu` (default) or `cuda`; given `cpu`, `auto` takes no engine.
         slots: rows of the cache, the largest batch a step can take.
-        capacity: tokens per row (default and maximum: the bundle's `max_length`).
-        threads: threads within an operator (default: the backend's own choice).
+        capacity: tokens per row (default and maximum: the bundle's `max_length`, or the engine's).
+        threads: threads within an operator of ONNX Runtime (default: one per core).
 
     Raises:
-        UserError: unknown backend or device, a capacity beyond the bundle's, or a backend not installed.
+        UserError: unknown backend or device, a capacity beyond the bundle's, a backend that is not installed, or
+            no engine for this GPU.
     """
     if backend not in BACKENDS:
         raise UserError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
-    if device not in DEVICES:
+    if device not in (None, *DEVICES):
         raise UserError(f"unknown device {device!r}; known: {', '.join(DEVICES)}")
+    if threads is not None and threads < 1:
+        raise UserError(f"threads should be at least 1, not {threads}")
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    chosen, why = _choose(opened, backend, device)
+    if chosen is not None:
+        from runtime.trt_session import TrtSession
+
+        return TrtSession(opened, chosen=chosen, slots=slots, capacity=capacity)
     from runtime.ort_session import OrtSession
 
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    return OrtSession(opened, device=device, slots=slots, capacity=capacity, threads=threads)
+    session = OrtSession(opened, device=device or "cpu", slots=slots, capacity=capacity, threads=threads)
+    session.choice = f"{session.backend} {session.version}: {why}" if why else ""
+    return session
+
+
+def _choose(bundle: Bundle, backend: str, device: str | None) -> tuple[Chosen | None, str]:
+    """The engine to run; or None for ONNX Runtime, and why, where an engine was to be thought of."""
+    if backend == "onnxruntime" or (backend == "auto" and bundle.manifest.target != "tensorrt"):
+        return None, ""
+    if device == "cpu":
+        if backend == "auto":
+            return None, "--device cpu"
+        raise UserError(f"--backend {backend} runs on the GPU; leave out --device cpu, or use --backend onnxruntime")
+    from runtime.engines import choose_engine
+
+    if backend != "auto":
+        return choose_engine(bundle, backend), ""
+    try:
+        return choose_engine(bundle), ""
+    except UserError as error:
+        return None, str(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS_INDICES, LOGITS_TO_KEEP, WRITE_INDICES
 from runtime.errors import UserError
-from runtime.session import Ints
+from runtime.session import Floats, Ints
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,39 @@ class Step:
         """Some of the rows, without the columns that are padding in all of them."""
         width = int(self.lengths[rows].max())
         return Step(self.tokens[rows, :width], self.lengths[rows], self.past[rows], self.slots[rows], self.keep)
+
+    def pieces(self, width: int, kept: int) -> Iterator[Piece]:
+        """Cut the step into pieces of at most `width` columns that ask for at most `kept` logits a row, in order."""
+        if self.keep > kept:
+            width = min(width, kept)  # then a piece's logits are all of its columns'
+        for start in range(0, self.tokens.shape[1], width):
+            rows = np.flatnonzero(self.lengths > start)
+            if not len(rows):
+                return
+            lengths = np.minimum(self.lengths[rows] - start, width)
+            tokens = self.tokens[rows, start : start + width]
+            step = Step(tokens, lengths, self.past[rows] + start, self.slots[rows], min(self.keep, kept))
+            yield Piece(step, rows, self.wanted()[rows] - start)
+
+    def wanted(self) -> Ints:
+        """The columns whose logits are asked for, none below 0: int64 [batch, keep]."""
+        wanted: Ints = np.maximum(self.lengths[:, None] + np.arange(-self.keep, 0), 0)
+        return wanted
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some columns of a step, for the rows that have tokens there; `wanted` counts from the first of these columns."""
+
+    step: Step
+    rows: Ints
+    wanted: Ints
+
+    def place(self, logits: Floats, into: Floats) -> None:
+        """Put those of the piece's logits that the whole step wants where they belong."""
+        index = self.wanted + self.step.keep - self.step.lengths[:, None]
+        row, column = np.nonzero((self.wanted >= 0) & (index >= 0) & (index < self.step.keep))
+        into[self.rows[row], column] = logits[row, index[row, column]]
 
 
 class GraphContract(Protocol):
@@ -75,11 +108,10 @@ class IndexContract:
 
     def feeds(self, step: Step) -> dict[str, Ints]:
         """Tokens, where each row's are written, and the columns whose logits are wanted, none below 0."""
-        last = step.lengths[:, None] - 1
         return {
             INPUT_IDS: np.ascontiguousarray(step.tokens),
             WRITE_INDICES: np.ascontiguousarray(step.past),
-            LOGITS_INDICES: np.maximum(last + np.arange(1 - step.keep, 1), 0),
+            LOGITS_INDICES: step.wanted(),
         }
 
 
@@ -128,7 +160,9 @@ class Limits:
         return Step(np.where(real, tokens, 0), lengths, past, slots, keep)
 
 
-def check_allocation(slots: int, capacity: int, limit: int, where: object) -> None:
+def check_allocation(
+    slots: int, capacity: int, limit: int, where: object, remedy: str = "export with a larger --max-length"
+) -> None:
     """Refuse a cache of nothing, or of more tokens than `where` was made for.
 
     Raises:
@@ -137,10 +171,7 @@ def check_allocation(slots: int, capacity: int, limit: int, where: object) -> No
     if capacity < 1 or slots < 1:
         raise UserError(f"a cache of {slots} slots of {capacity} tokens is none; ask for at least one of each")
     if capacity > limit:
-        raise UserError(
-            f"a capacity of {capacity} tokens passes the {limit} of {where}; "
-            "ask for less, or export with a larger --max-length"
-        )
+        raise UserError(f"a capacity of {capacity} tokens passes the {limit} of {where}; ask for less, or {remedy}")
 
 
 def _runs(slots: Ints, together: Callable[[slice], bool]) -> list[slice]:

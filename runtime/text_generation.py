@@ -52,6 +52,7 @@ class TextGenerator:
         self.bundle = bundle
         self.tokenizer = Tokenizer(bundle)
         self.backend = session.backend
+        self.choice = session.choice
         self._session = session
         self._load_s = load_s
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-BACKENDS = ("auto", "onnxruntime")
+BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx")
 DEVICES = ("cpu", "cuda")
 
 PATH = click.Path(path_type=Path)
@@ -47,9 +47,9 @@ backend_options = _all(
         type=click.Choice(BACKENDS),
         default="auto",
         show_default=True,
-        help="What runs the graph; auto takes the best there is.",
+        help="What runs the model; auto takes an engine for this GPU where the bundle has one.",
     ),
-    click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="Where it runs."),
+    click.option("--device", type=click.Choice(DEVICES), help="Where ONNX Runtime runs.  [default: cpu]"),
     click.option("--threads", type=click.IntRange(min=1), help="Threads within an operator.  [default: one per core]"),
 )
 

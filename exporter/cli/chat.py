@@ -25,7 +25,7 @@ Message = dict[str, str]
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
 @sampling_options
 @backend_options
-def chat(bundle: Path, system: str | None, backend: str, device: str, threads: int | None, **flags: Any) -> None:
+def chat(bundle: Path, system: str | None, backend: str, device: str | None, threads: int | None, **flags: Any) -> None:
     """Talk with BUNDLE; it remembers the conversation. Needs no torch.
 
     /exit or Ctrl-D ends; Ctrl-C stops the answer that is being given, and at the prompt it leaves. When the
@@ -46,6 +46,8 @@ def chat(bundle: Path, system: str | None, backend: str, device: str, threads: i
     if not Bundle.open(bundle).has(CHAT_TEMPLATE):  # better known before the weights are loaded
         raise UserError(f"{bundle} has no chat template; use nemotron-export generate")
     model = load(bundle, backend=backend, device=device, threads=threads)
+    if model.choice:
+        note(model.choice)
     Conversation(model, opening, options).run()
 
 

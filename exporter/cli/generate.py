@@ -62,7 +62,7 @@ def generate(
     chat: bool,
     ignore_eos: bool,
     backend: str,
-    device: str,
+    device: str | None,
     threads: int | None,
     as_json: bool,
     **flags: Any,
@@ -92,6 +92,8 @@ def generate(
     if chat:
         batch = [model.encode_chat([{"role": "user", "content": text}]) for text in texts]
     generation = model.stream(batch, **options)
+    if model.choice and not as_json:
+        note(model.choice)
     if as_json:
         emit_json(generation.result().to_json())
     elif len(batch) == 1:

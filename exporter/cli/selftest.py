@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from exporter.cli._console import emit_json, print_comparisons
+from exporter.cli._console import emit_json, note, print_comparisons
 from exporter.cli._options import PATH, backend_options, json_option
 
 
@@ -14,7 +14,7 @@ from exporter.cli._options import PATH, backend_options, json_option
 @click.argument("bundle", type=PATH)
 @backend_options
 @json_option
-def selftest(bundle: Path, backend: str, device: str, threads: int | None, as_json: bool) -> None:
+def selftest(bundle: Path, backend: str, device: str | None, threads: int | None, as_json: bool) -> None:
     """Check that BUNDLE is whole and right on this machine.
 
     Compares every file's hash, then replays the golden cases that the parity gate stored. Needs no torch and
@@ -28,6 +28,8 @@ def selftest(bundle: Path, backend: str, device: str, threads: int | None, as_js
     from runtime.golden import selftest as check
 
     result = check(bundle, backend=backend, device=device, threads=threads)
+    if result.choice and not as_json:
+        note(result.choice)
     if as_json:
         emit_json(result.to_json())
     else:

@@ -75,13 +75,16 @@ class Constant:
     """A session that answers every step with the same logits."""
 
     backend, version, device = "constant", "1", "none"
-    slots, capacity, vocab_size = 1, 8, 6
+    slots, capacity, vocab_size, max_slots, choice = 1, 8, 6, None, ""
 
     def __init__(self, logits: list[float]) -> None:
         self._logits = np.array([[logits]], np.float32)
 
     def step(self, *_: Any) -> Any:
         return self._logits
+
+    def reopen(self, **_: int) -> "Constant":
+        return self
 
 
 RIGHT = [5.0, 4.0, 3.0, 0.0, 0.0, 0.0]

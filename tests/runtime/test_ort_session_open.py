@@ -26,7 +26,7 @@ def test_a_number_that_cannot_be_is_named(bundle_dir: Path) -> None:
         open_session(bundle_dir, slots=0)
     with pytest.raises(UserError, match="threads should be at least 1, not 0"):
         open_session(bundle_dir, threads=0)
-    with pytest.raises(UserError, match="unknown backend 'onnx'; known: auto, onnxruntime"):
+    with pytest.raises(UserError, match="unknown backend 'onnx'; known: auto, onnxruntime, tensorrt, tensorrt-rtx"):
         open_session(bundle_dir, backend="onnx")
     with pytest.raises(UserError, match="unknown device 'tpu'; known: cpu, cuda"):
         open_session(bundle_dir, device="tpu")
