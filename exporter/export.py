@@ -20,7 +20,7 @@ from exporter.lowering import TARGETS, Target, lower
 from exporter.passes.base import PassReport
 from exporter.staging import check_destination, staged
 from exporter.trace import rope_tables, trace
-from exporter.verify import run_gate
+from exporter.verify import NON_FINITE, run_gate, session_of
 from exporter.weights import check_tensors, expected_shapes, weight_bytes, write_weights
 from runtime.bundle import Bundle, describe_files
 from runtime.errors import CheckFailed, UserError
@@ -154,7 +154,7 @@ def _resolved(options: ExportOptions, checkpoint: Checkpoint) -> ExportOptions:
         raise UserError(
             f"--max-length should be within 1..{limit}, the model's max_position_embeddings; found {max_length}"
         )
-    if options.verify:
+    if options.verify and options.precision == "fp32":
         import_onnxruntime()  # the gate runs the graph: better to know now
     return replace(options, task=task, max_length=max_length)
 
@@ -188,10 +188,16 @@ def _manifest(
 
 def _gate(directory: Path, checkpoint: Checkpoint, manifest: Manifest, progress: Progress) -> Manifest:
     """Run the parity gate and store its verdict and golden cases; fail closed."""
-    result = run_gate(Bundle.open(directory), checkpoint, progress)
+    bundle = Bundle.open(directory)
+    result = run_gate(bundle, checkpoint, session_of(bundle), progress)
     failed = [comparison for comparison in result.parity.comparisons if not comparison.passed]
     if failed:
         worst = failed[0]
+        if worst.metric == NON_FINITE:
+            raise CheckFailed(
+                f"{worst.name} is not finite in {manifest.precision}, the first of {worst.value:.0f} such tensors; "
+                "no bundle was written; export with --precision bf16, which has the range of fp32, or fp32"
+            )
         raise CheckFailed(
             f"the export is not the checkpoint's model: {len(failed)} of {len(result.parity.comparisons)} comparisons "
             f"failed, {worst.name} of {worst.case} first ({worst.metric} {worst.value}, limit {worst.limit:.1e}); "

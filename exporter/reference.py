@@ -1,4 +1,4 @@
-"""The model as transformers computes it: eager attention on whole rows, in fp32, and in fp64 to know its own error."""
+"""The model as transformers computes it: eager attention on whole rows, in fp32 or any other dtype."""
 
 from __future__ import annotations
 
@@ -31,35 +31,42 @@ class Forward:
     keys: Floats
     values: Floats
 
+    @property
+    def finite(self) -> bool:
+        """Whether every number of it is."""
+        return all(bool(np.isfinite(array).all()) for array in (self.logits, self.keys, self.values))
+
 
 class Reference:
-    """transformers' NemotronForCausalLM on the checkpoint's weights."""
+    """transformers' NemotronForCausalLM on the checkpoint's weights; each dtype is loaded when first asked for."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        config = type(checkpoint.spec.config).from_dict(checkpoint.spec.config.to_dict())
-        self._config = config
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        self._models = {
-            dtype: NemotronForCausalLM.from_pretrained(
-                checkpoint.path,
-                config=config,
-                dtype=dtype,
-                attn_implementation="eager",
-                local_files_only=True,
-                use_safetensors=True,
-            )
-            for dtype in (torch.float32, torch.float64)
-        }
+        self._path = checkpoint.path
+        self._config = type(checkpoint.spec.config).from_dict(checkpoint.spec.config.to_dict())
+        self._models: dict[torch.dtype, NemotronForCausalLM] = {}
 
-    def forward(self, tokens: Sequence[int], past: Cache | None = None) -> tuple[Forward, Forward]:
-        """Run one row of tokens, after a given cache of rotated keys and values, in fp32 and in fp64.
+    def forward(self, tokens: Sequence[int], past: Cache | None = None, dtype: torch.dtype = torch.float32) -> Forward:
+        """Run one row of tokens, after a given cache of rotated keys and values.
 
         Args:
             tokens: the row's token ids.
             past: per layer key and value, float32 [kv_heads, past, head_dim].
+            dtype: of weights, activations and cache.
         """
-        single, double = (self._run(model, tokens, past or []) for model in self._models.values())
-        return single, double
+        if dtype not in self._models:
+            self._models[dtype] = self._load(dtype)
+        return self._run(self._models[dtype], tokens, past or [])
+
+    def _load(self, dtype: torch.dtype) -> NemotronForCausalLM:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        return NemotronForCausalLM.from_pretrained(
+            self._path,
+            config=self._config,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+        )
 
     def _run(self, model: NemotronForCausalLM, tokens: Sequence[int], past: Cache) -> Forward:
         cache = DynamicCache(config=self._config)

@@ -13,15 +13,18 @@ from exporter.cli._options import PATH, checkpoint_argument, json_option
 @click.command()
 @click.argument("bundle", type=PATH)
 @checkpoint_argument
+@click.option("--network", is_flag=True, help="Check what TensorRT's parser makes of the graph; needs no GPU.")
 @json_option
-def verify(bundle: Path, checkpoint: Path, as_json: bool) -> None:
+def verify(bundle: Path, checkpoint: Path, network: bool, as_json: bool) -> None:
     """Compare BUNDLE with CHECKPOINT as transformers runs it.
 
     Logits, cache and greedy tokens are compared; exit code 1 where they differ. On a machine without torch,
-    `selftest` checks the bundle by itself.
+    `selftest` checks the bundle by itself. With --network, the graph of a bundle for TensorRT is parsed and mended as
+    `build` does it, and the network is evaluated layer by layer, every tensor rounded to its type.
 
     \b
     nemotron-export verify ./bundle ./Nemotron-Mini-4B-Instruct
+    nemotron-export verify ./bundle ./Nemotron-Mini-4B-Instruct --network
     """
     from runtime.bundle import Bundle
     from runtime.errors import CheckFailed
@@ -30,7 +33,7 @@ def verify(bundle: Path, checkpoint: Path, as_json: bool) -> None:
     from exporter.verify import verify as compare
 
     with stages() as progress:
-        parity = compare(bundle, checkpoint, progress)
+        parity = compare(bundle, checkpoint, progress, network=network)
     if as_json:
         emit_json(
             {

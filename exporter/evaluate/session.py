@@ -62,8 +62,6 @@ class EvaluatedSession:
             of the steps: what follows from the first of them is its consequence.
     """
 
-    device: str
-
     def __init__(self, bundle: Bundle, programs: Callable[[int], Program], backend: str, version: str) -> None:
         """Nothing is read yet: the first step asks for the program.
 
@@ -74,6 +72,8 @@ class EvaluatedSession:
             version: of what made it.
         """
         self.backend, self.version, self.device = backend, version, cpu_name()
+        self.choice = ""
+        self.max_slots: int | None = None
         self.vocab_size = bundle.vocab_size
         self.non_finite: list[str] = []
         self._bundle = bundle

@@ -14,7 +14,7 @@ def verdict(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What the comparisons of the next run find."""
     found = [True, True]
 
-    def verify(bundle, checkpoint, progress) -> Parity:
+    def verify(bundle, checkpoint, progress, network) -> Parity:
         print("a library's chatter")
         progress("verify", 1, 2)
         rows = tuple(
