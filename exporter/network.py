@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 
 from plugins.tensorrt_network import LOWER_RIGHT, Mended, NetworkMismatch, mend
 from runtime.bundle import Bundle
@@ -32,8 +33,8 @@ class Messages:
     details: list[str] = field(default_factory=list)
 
     def reason(self) -> str:
-        """The last errors, in one line."""
-        return " ".join(" ".join(self.errors[-2:]).split()) or "it gave no reason"
+        """The last error, in one line."""
+        return " ".join(self.errors[-1].split()) if self.errors else "it gave no reason"
 
 
 @dataclass
@@ -109,8 +110,8 @@ def parse(trt: Any, bundle: Bundle, capacity: int) -> ParsedNetwork:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             parsed = parsed and parser.load_initializer(tensor.name, *weights.locate(tensor))
     if not (parsed and parser.parse_model_proto()):
-        found = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        messages.errors.extend(found)
+        for error in map(parser.get_error, range(parser.num_errors)):
+            messages.errors.append(f"{error.node_operator()} {error.node_name()}: {error.desc()}")
         raise UserError(
             f"{trt.__name__} {trt.__version__} cannot parse {path} ({messages.reason()}); "
             "export the bundle again, or upgrade TensorRT"
@@ -125,7 +126,7 @@ def _frozen(path: Path, capacity: int) -> onnx.ModelProto:
     """The graph without its weights, every `capacity` replaced by a number: the native cache layer is static."""
     try:
         model = onnx.load(path, load_external_data=False)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, DecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy or export the bundle again") from error
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dimension in value.type.tensor_type.shape.dim:

@@ -72,8 +72,8 @@ def build(*, bundle: Path, as_json: bool, **options: Any) -> None:
 
     Bundle.open(bundle)
     import_tensorrt(options["flavor"])  # its extra brings what the builder imports
-    from exporter.engine import BuildOptions
     from exporter.engine import build as run
+    from exporter.engine_options import BuildOptions
 
     with writing(bundle), stages() as progress:
         result = run(bundle, BuildOptions(**options), progress)
