@@ -1,7 +1,8 @@
-"""Which of a bundle's engines runs here, and what to do where none does."""
+"""Which of a bundle's engines runs here, what to do where none does, and how one is loaded."""
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ from runtime.cuda import Cuda, Gpu
 from runtime.errors import UserError
 from runtime.manifest import MODEL, Engine
 from runtime.tensorrt_api import FLAVORS, import_tensorrt
+
+# As the engine's record names them (exporter.engine_options).
+VERSION_COMPATIBLE, STRIPPED = "version-compatible", "strip"
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,71 @@ def _fitting(bundle: Bundle, engine: Engine, gpu: Gpu) -> Any:
     graph = bundle.manifest.files.get(MODEL)
     if graph is None or engine.graph_sha256 != graph.sha256:
         raise UserError(f"{engine.path} was built from another graph than this bundle's; run {rebuild}")
-    if gpu.capability not in engine.capabilities:
+    if gpu.capability not in engine.capabilities and not _runs_on_newer(engine, gpu):
         built = ", ".join(engine.capabilities)
         raise UserError(
             f"{engine.path} is for compute capability {built}, this GPU ({gpu.name}) has {gpu.capability}; "
             f"run {rebuild.removesuffix(' --force')} here"
         )
     trt = import_tensorrt(engine.flavor)
-    if trt.__version__ != engine.version:
+    if trt.__version__ != engine.version and not _runs_on_later(engine, trt.__version__):
         raise UserError(
             f"{engine.path} was built by {engine.flavor} {engine.version}, installed is {trt.__version__}; "
             f"run {rebuild}"
         )
     return trt
+
+
+def _runs_on_newer(engine: Engine, gpu: Gpu) -> bool:
+    """Built with hardware compatibility: for every GPU since Ampere."""
+    return "hardware-compatible ampere-plus" in engine.flags and float(gpu.capability) >= 8.0
+
+
+def _runs_on_later(engine: Engine, version: str) -> bool:
+    """Built with version compatibility: for later versions of the same major one."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(".") if part.isdigit()]
+
+    built, here = numbers(engine.version), numbers(version)
+    return VERSION_COMPATIBLE in engine.flags and here[:1] == built[:1] and here >= built
+
+
+def deserialise(bundle: Bundle, chosen: Chosen, runtime: Any, logger: Any, rebuild: str) -> Any:
+    """The engine on the GPU, with its weights. `runtime` is TensorRT's, and must live as long as the engine.
+
+    Raises:
+        UserError: TensorRT refuses the plan, or the weights that were left out of it cannot be put back.
+    """
+    trt, record = chosen.trt, chosen.engine
+    if VERSION_COMPATIBLE in record.flags:
+        runtime.engine_host_code_allowed = True  # such a plan carries a small runtime of its own
+    plan = bundle.file(record.path)
+    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        engine = runtime.deserialize_cuda_engine(content)
+    if engine is None:
+        raise UserError(f"{plan} cannot be loaded{logger.last()}; {rebuild}")
+    if STRIPPED in record.flags:
+        refitter = trt.Refitter(engine, logger)
+        parsed = trt.OnnxParserRefitter(refitter, logger).refit_from_file(str(bundle.file(MODEL)))
+        if not parsed or not refitter.refit_cuda_engine():
+            raise UserError(f"{plan} does not take the weights of {bundle.file(MODEL)}{logger.last()}; {rebuild}")
+    return engine
+
+
+def quiet_logger(trt: Any) -> Any:
+    """TensorRT's logger that keeps the last error for our own message, and prints nothing."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.error = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.error = " ".join(message.split())[:300]
+
+        def last(self) -> str:
+            return f" ({self.error})" if self.error else ""
+
+    return Logger()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 from runtime.bundle import Bundle
 from runtime.contract import INPUT_IDS, LOGITS, LOGITS_INDICES, WRITE_INDICES, past_names, present_names
 from runtime.cuda import Cuda, Memory, Pinned
-from runtime.engines import Chosen
+from runtime.engines import Chosen, deserialise, quiet_logger
 from runtime.errors import CheckFailed, UserError
 from runtime.session import Floats, Ints
 
@@ -61,9 +59,9 @@ class LoadedEngine:
         self.record, self.cuda = chosen.engine, chosen.cuda
         self._trt, self._path = chosen.trt, bundle.path
         self._rebuild = f"run nemotron-export build {bundle.path} --flavor {self.record.flavor} --force"
-        self._logger = _logger(chosen.trt)
+        self._logger = quiet_logger(chosen.trt)
         self._runtime = chosen.trt.Runtime(self._logger)
-        self.engine = self._deserialise(bundle.file(self.record.path))
+        self.engine = deserialise(bundle, chosen, self._runtime, self._logger, self._rebuild)
         self.profiles = sorted(
             (Profile.read(self.engine, index) for index in range(self.engine.num_optimization_profiles)),
             key=lambda profile: (len(profile.width), len(profile.kept)),
@@ -146,13 +144,6 @@ class LoadedEngine:
             capture = decodes and self.record.flavor == "tensorrt"
             self._runners[key] = Runner(weakref.proxy(self), self._create_context(profile), capture)
         return self._runners[key]
-
-    def _deserialise(self, plan: Path) -> Any:
-        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            engine = self._runtime.deserialize_cuda_engine(content)
-        if engine is None:
-            raise UserError(f"{plan} cannot be loaded{self._logger.last()}; {self._rebuild}")
-        return engine
 
     def _check(self, layers: int) -> None:
         """The plan is what its record says, and updates its cache in place."""
@@ -274,21 +265,3 @@ class Staged:
     def bytes(self, shape: tuple[int, ...]) -> int:
         """Of a tensor of this shape."""
         return int(np.prod(shape)) * self.host.array.itemsize
-
-
-def _logger(trt: Any) -> Any:
-    """TensorRT's logger that keeps the last error for our own message, and prints nothing."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.error = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.error = " ".join(message.split())[:300]
-
-        def last(self) -> str:
-            return f" ({self.error})" if self.error else ""
-
-    return Logger()

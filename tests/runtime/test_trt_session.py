@@ -259,6 +259,22 @@ def test_an_engine_that_does_not_fit_is_refused_with_the_command_that_builds_one
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "works"),
+    [
+        ({"capabilities": ("8.0",), "flags": ("hardware-compatible ampere-plus",)}, True),
+        ({"capabilities": ("8.0",), "flags": ("hardware-compatible same-compute-capability",)}, False),
+        ({"version": "11.2.0.5", "flags": ("version-compatible",)}, True),
+        ({"version": "11.5.0", "flags": ("version-compatible",)}, False),
+        ({"flags": ("strip",)}, True),
+    ],
+)
+def test_what_an_engine_was_built_to_bear_is_honoured(bare, changes, works):
+    bare.add_engine(**changes)
+    assert (open_session(bare.path, capacity=8).backend == "tensorrt") == works
+    assert bare.trt.refitted == ([str(bare.path / MODEL)] if changes.get("flags") == ("strip",) else [])
+
+
 def test_an_engine_that_would_copy_its_cache_is_refused(bare):
     bare.add_engine(plan_of(bare.path / MODEL, aliased=False))
     with pytest.raises(UserError, match=r"does not update past_key_values.0.key in place; run nemotron-export build"):
@@ -351,3 +367,5 @@ def test_everything_asked_of_the_fake_exists_in_the_real_bindings():
     assert trt.DataType.BF16.itemsize == 2
     assert trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE is not None
     assert hasattr(trt.Runtime, "deserialize_cuda_engine")
+    assert hasattr(trt.Refitter, "refit_cuda_engine")
+    assert hasattr(trt.OnnxParserRefitter, "refit_from_file")

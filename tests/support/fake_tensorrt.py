@@ -172,6 +172,7 @@ class FakeTensorRT(ModuleType):
         self.__version__ = version
         self.cuda = cuda
         self.contexts: list[FakeContext] = []
+        self.refitted: list[str] = []
         self.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
 
         class ILogger:
@@ -181,6 +182,16 @@ class FakeTensorRT(ModuleType):
 
     def nptype(self, dtype: DataType) -> type:
         return dtype.dtype
+
+    def Refitter(self, engine: FakeEngine, logger: Any) -> Any:
+        return SimpleNamespace(refit_cuda_engine=lambda: bool(self.refitted))
+
+    def OnnxParserRefitter(self, refitter: Any, logger: Any) -> Any:
+        def refit(path: str) -> bool:
+            self.refitted.append(path)
+            return True
+
+        return SimpleNamespace(refit_from_file=refit)
 
     def Runtime(self, logger: Any) -> Any:
         def deserialize(content: Any) -> FakeEngine | None:

@@ -1,0 +1,276 @@
+"""What a machine with an NVIDIA GPU makes of bundles: right or not, and how far from the memory's speed.
+
+    python -m benchmarks.gpu_check [BUNDLE ...]
+
+Runs every backend that is installed: TensorRT, TensorRT-RTX, ONNX Runtime's CUDA provider. Without a bundle the trained
+checkpoint is exported for both targets (needs the extra `export`). Engines that are missing are built, in a copy.
+Prints one table, and writes JSON to `benchmarks/results/`. Exit code 1 where something is wrong, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from runtime.bundle import Bundle
+from runtime.cuda import Cuda, Gpu
+from runtime.errors import UserError
+from runtime.golden import Golden, replay
+from runtime.manifest import GOLDEN, MODEL
+from runtime.session import Session, open_session
+from runtime.tensorrt_api import FLAVORS, import_tensorrt
+
+QUICK = True  # `python -m benchmarks` runs it
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+ASSUMPTION = "lower-right causality counts from key_value_lengths"
+TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5}  # of logits that two kernels of one precision compute
+GREEDY_TOKENS = 32
+PREFILL_TOKENS = 128
+
+
+@dataclass
+class Result:
+    """One bundle on one backend; seconds and GB/s are of 10⁹ bytes."""
+
+    bundle: str
+    precision: str
+    backend: str
+    version: str = ""
+    causality_error: float | None = None
+    golden: list[dict[str, Any]] = field(default_factory=list)
+    greedy_equal: str = "not compared"
+    prefill_ms: float | None = None
+    decode_ms: float | None = None
+    roofline_ms: float | None = None
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Nothing that was compared differs."""
+        right = self.causality_error is None or self.causality_error <= TOLERANCE[self.precision]
+        return right and not self.failure and all(row["passed"] for row in self.golden)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, print, write; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("bundles", nargs="*", type=Path, metavar="BUNDLE")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the JSON file")
+    options = parser.parse_args(arguments)
+    try:
+        cuda = Cuda()
+        gpu = cuda.gpu()
+        if gpu is None:
+            raise UserError("no NVIDIA GPU is visible here; run this on the machine that serves, and see nvidia-smi")
+        with tempfile.TemporaryDirectory() as scratch:
+            bundles = list(prepared(options.bundles, Path(scratch)))
+            bandwidth = copy_bandwidth(cuda)
+            results = [check(bundle, backend, bandwidth) for bundle in bundles for backend in backends(bundle)]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    report(gpu, bandwidth, results, options.results)
+    return 0 if all(result.passed for result in results) else 1
+
+
+def prepared(given: Sequence[Path], scratch: Path) -> Iterator[Path]:
+    """Copies of the bundles, with an engine of every flavor that is installed."""
+    for number, path in enumerate(given or exported(scratch)):
+        copy = scratch / f"{number}-{path.name}"
+        shutil.copytree(path, copy)
+        manifest = Bundle.open(copy).manifest
+        for flavor in FLAVORS if manifest.target == "tensorrt" else ():
+            if any(engine.flavor == flavor for engine in manifest.engines):
+                continue
+            try:
+                import_tensorrt(flavor)
+            except UserError as error:
+                print(f"skipped: {flavor} ({error})", file=sys.stderr)
+                continue
+            from exporter.engine import build
+            from exporter.engine_options import BuildOptions
+
+            build(copy, BuildOptions(flavor=flavor, max_seq_len=min(512, manifest.max_length)))
+        yield copy
+
+
+def exported(scratch: Path) -> list[Path]:
+    """The trained checkpoint for both targets."""
+    from exporter.export import ExportOptions, export
+
+    wanted = [("onnxruntime", "fp32"), ("tensorrt", "fp32"), ("tensorrt", "fp16"), ("tensorrt", "bf16")]
+    checkpoint = ROOT / "artifacts" / "tiny-nemotron"
+    options = (ExportOptions(target=target, precision=precision) for target, precision in wanted)
+    return [export(checkpoint, scratch / f"{o.target}-{o.precision}", o).bundle for o in options]
+
+
+def backends(path: Path) -> list[str]:
+    """What can run a bundle here: flavors of its engines, then ONNX Runtime's CUDA provider where it is installed."""
+    manifest = Bundle.open(path).manifest
+    found = list(dict.fromkeys(engine.flavor for engine in manifest.engines))
+    try:
+        import onnxruntime
+    except ImportError:
+        return found
+    cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and manifest.precision != "bf16"
+    return [*found, *(["onnxruntime"] if cuda else [])]
+
+
+def check(path: Path, backend: str, bandwidth: float) -> Result:
+    """Everything about one bundle on one backend; what fails is in the result."""
+    bundle = Bundle.open(path)
+    result = Result(path.name, bundle.manifest.precision, backend)
+    try:
+        device = "cuda" if backend == "onnxruntime" else None
+        session = open_session(bundle, backend=backend, device=device, slots=1, capacity=8)
+        result.backend, result.version = session.backend, session.version
+        result.causality_error = causality_error(session)
+        if bundle.has(GOLDEN):
+            result.golden = [row.to_json() for row in replay(session, Golden.load(bundle.file(GOLDEN)))]
+        result.greedy_equal = compare_greedy(bundle, session)
+        result.prefill_ms, result.decode_ms = times(session)
+        weights = sum(
+            record.bytes for name, record in bundle.manifest.files.items() if name.startswith(f"{MODEL}.data")
+        )
+        result.roofline_ms = 1e3 * weights / bandwidth
+    except UserError as error:
+        result.failure = str(error)
+    return result
+
+
+def causality_error(loaded: Session) -> float:
+    """How far a prefill of 3 into capacity 8 is from the same tokens alone: the largest |Δ logit|.
+
+    A prompt's first token is right under any reading of lower-right; so is the last. Were the corner counted from the
+    static capacity, the first two tokens of three would see those after them.
+    """
+    tokens, nothing = np.array([[5, 17, 3]]), np.zeros(1, np.int64)
+    together = loaded.reopen(slots=1, capacity=8).step(tokens, np.array([3]), nothing, keep=3)[0]
+    alone = [loaded.reopen(slots=1, capacity=8).step(tokens[:, :n], np.array([n]), nothing)[0, 0] for n in (1, 2, 3)]
+    difference = np.abs(together - np.stack(alone))
+    return float(difference.max()) if np.isfinite(difference).all() else float("inf")
+
+
+def compare_greedy(bundle: Bundle, loaded: Session) -> str:
+    """The first greedy tokens against those of ONNX Runtime on the CPU; 16 bits need not agree on all."""
+    if bundle.manifest.precision == "bf16":
+        return "not compared: no CPU kernels"
+    try:
+        reference = open_session(bundle, backend="onnxruntime", device="cpu", slots=1, capacity=1)
+    except UserError as error:
+        return f"not compared: {error}"
+    ours, theirs = greedy(loaded), greedy(reference)
+    equal = next((n for n, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), len(ours))
+    return f"{equal}/{len(ours)}"
+
+
+def greedy(loaded: Session) -> list[int]:
+    """The tokens that follow a few."""
+    session = loaded.reopen(slots=1, capacity=GREEDY_TOKENS + 4)
+    fed, past, found = np.array([[1, 40, 50, 60]]), 0, []
+    for _ in range(GREEDY_TOKENS):
+        logits = session.step(fed, np.array([fed.shape[1]]), np.array([past]))
+        past += fed.shape[1]
+        found.append(int(logits[0, -1].argmax()))
+        fed = np.array([found[-1:]])
+    return found
+
+
+def times(loaded: Session) -> tuple[float, float]:
+    """Milliseconds of a prefill and of a decode step, batch 1: medians, logits on the host included."""
+    session = loaded.reopen(slots=1, capacity=PREFILL_TOKENS + 72)
+    prompt = np.full((1, PREFILL_TOKENS), 5)
+    one = np.array([1])
+
+    def seconds(work: Any) -> float:
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+
+    prefills = [seconds(lambda: session.step(prompt, one * PREFILL_TOKENS, one - 1)) for _ in range(8)]
+    decodes = [seconds(lambda n=n: session.step(prompt[:, :1], one, one * (PREFILL_TOKENS + n))) for n in range(64)]
+    return 1e3 * median(prefills[3:]), 1e3 * median(decodes[8:])
+
+
+def copy_bandwidth(cuda: Cuda, size: int = 2**28) -> float:
+    """Bytes a second that a copy on the device reads and writes: the roof that decoding can reach."""
+    source, target, stream = cuda.allocate(size), cuda.allocate(size), cuda.stream()
+    kind = cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+    best = float("inf")
+    for _ in range(5):
+        stream.wait()
+        started = time.perf_counter()
+        for _ in range(8):
+            cuda("cudaMemcpyAsync", target.address, source.address, size, kind, stream.handle)
+        stream.wait()
+        best = min(best, (time.perf_counter() - started) / 8)
+    return 2 * size / best
+
+
+def report(gpu: Gpu, bandwidth: float, results: Sequence[Result], directory: Path) -> None:
+    """One table on stdout, and the same as JSON."""
+    print(f"{gpu.device}, copies at {bandwidth / 1e9:.0f} GB/s")
+    heads = ("bundle", "backend", "3 into 8", "golden", "greedy", "prefill ms", "decode ms", "roofline ms", "")
+    rows = [heads, *(_row(result) for result in results)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for verdict in (
+        verdicts := {f"{r.backend} {r.precision}": _verdict(r) for r in results if r.backend in FLAVORS}
+    ).values():
+        print(verdict)
+    written = {
+        "schema": 1,
+        "device": gpu.device,
+        "copy_gb_per_s": round(bandwidth / 1e9, 1),
+        "assumption": ASSUMPTION,
+        "verdicts": verdicts,
+        "results": [asdict(result) | {"passed": result.passed} for result in results],
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    name = "-".join(gpu.name.lower().split())
+    path = directory / f"gpu-{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
+    path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    print(path)
+
+
+def _verdict(result: Result) -> str:
+    if result.causality_error is None:
+        return f"{result.backend} {result.precision}: not settled ({result.failure}): {ASSUMPTION}"
+    holds = result.causality_error <= TOLERANCE[result.precision]
+    found = "holds" if holds else "DOES NOT HOLD, build with --causality mask"
+    return f"{result.backend} {result.version} {result.precision}: {found}: {ASSUMPTION}"
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    def number(value: float | None, form: str = ".3f") -> str:
+        return "-" if value is None else format(value, form)
+
+    right = sum(row["passed"] for row in result.golden)
+    return (
+        result.bundle,
+        f"{result.backend} {result.version}".strip(),
+        number(result.causality_error, ".2g"),
+        f"{right}/{len(result.golden)}" if result.golden else "none",
+        result.greedy_equal,
+        number(result.prefill_ms),
+        number(result.decode_ms),
+        number(result.roofline_ms),
+        result.failure or ("ok" if result.passed else "WRONG"),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
