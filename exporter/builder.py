@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from exporter.engine_options import BuildOptions, Shapes
@@ -96,25 +97,32 @@ def monitor_of(trt: Any, report: Callable[[float], None], built: Callable[[], No
             self._best = 0.0
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:  # noqa: ARG002
-            self._phases.append([phase_name, num_steps, 0])
+            with self._kept():
+                self._phases.append([phase_name, num_steps, 0])
 
         def phase_finish(self, phase_name: str) -> None:
-            names = [phase[0] for phase in self._phases]
-            if phase_name in names:
-                del self._phases[len(names) - 1 - names[::-1].index(phase_name) :]
-            if not self._phases:
-                built()
+            with self._kept():
+                names = [phase[0] for phase in self._phases]
+                if phase_name in names:
+                    del self._phases[len(names) - 1 - names[::-1].index(phase_name) :]
+                if not self._phases:
+                    built()
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            try:
+            with self._kept():
                 for phase in self._phases:
                     if phase[0] == phase_name:
                         phase[2] = step + 1
                 self._best = max(self._best, self._fraction())
                 report(self._best)
+            return self.stopped is None
+
+        @contextmanager
+        def _kept(self) -> Iterator[None]:
+            try:
+                yield
             except BaseException as error:  # noqa: BLE001 - TensorRT would print it and go on
                 self.stopped = self.stopped or error
-            return self.stopped is None
 
         def _fraction(self) -> float:
             inner = 0.0

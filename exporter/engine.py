@@ -9,7 +9,8 @@ import resource
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,8 @@ def build(path: Path, options: BuildOptions, progress: Progress = lambda *_: Non
     layers = parsed.mend(options.causality).layers
     plan = _build(parsed, options, shapes, capabilities, progress)
     progress("write", 0, 1)
-    file = _store(bundle, record, plan)
-    _save(bundle, record, file)
+    with _stored(bundle, record, plan) as file:
+        _save(bundle, record, file)
     progress("write", 1, 1)
     return BuildResult(
         bundle=path,
@@ -176,8 +177,9 @@ def _build(
     return plan
 
 
-def _store(bundle: Bundle, record: Engine, plan: Any) -> FileRecord:
-    """Write the plan into a directory that is renamed to its place when complete."""
+@contextmanager
+def _stored(bundle: Bundle, record: Engine, plan: Any) -> Iterator[FileRecord]:
+    """Write the plan into a directory that is renamed to its place; what was there returns where the body fails."""
     place = (bundle.path / record.path).parent
     staging = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
     old = staging.with_suffix(".old")
@@ -185,18 +187,24 @@ def _store(bundle: Bundle, record: Engine, plan: Any) -> FileRecord:
     try:
         staging.mkdir(parents=True)
         (staging / PLAN).write_bytes(content)
+        file = FileRecord(sha256=hashlib.sha256(content).hexdigest(), bytes=content.nbytes)
         if place.exists():
             place.rename(old)
         staging.rename(place)
-    except OSError as error:
-        if old.exists() and not place.exists():
+        yield file
+    except BaseException as error:
+        if not staging.exists():
+            shutil.rmtree(place, ignore_errors=True)
+        if old.exists():
             old.rename(place)
-        raise UserError(f"cannot write {place}: {error.strerror}; free space there, or make it writable") from error
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {place}: {error.strerror}; free space there, or make it writable") from error
+        raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if place.exists():
-            shutil.rmtree(old, ignore_errors=True)
-    return FileRecord(sha256=hashlib.sha256(content).hexdigest(), bytes=content.nbytes)
+        for leftover in (staging, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with suppress(OSError):  # there is an engine in it
+            place.parent.rmdir()
 
 
 def _save(bundle: Bundle, record: Engine, file: FileRecord) -> None:

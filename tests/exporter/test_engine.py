@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import sys
 from collections.abc import Callable
@@ -228,6 +229,21 @@ def test_an_interruption_ends_the_build_and_leaves_nothing(bundle: Path) -> None
     assert snapshot(bundle) == before
 
 
+@pytest.mark.parametrize("name", ["phase_start", "step_complete", "phase_finish"])
+def test_an_interruption_is_kept_wherever_it_strikes(name: str) -> None:
+    """TensorRT prints what a callback raises and goes on: a signal that arrives there would be lost."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monitor = monitor_of(trt, interrupt, interrupt)
+    if name == "phase_start":
+        monitor._phases = SimpleNamespace(append=interrupt)
+    getattr(monitor, name)(*{"phase_start": ("p", None, 1), "step_complete": ("p", 0)}.get(name, ("p",)))
+    assert isinstance(monitor.stopped, KeyboardInterrupt)
+    assert monitor.step_complete("p", 0) is False
+
+
 def test_a_build_that_fails_says_why_and_leaves_nothing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*arguments: Any) -> Any:
         config = configure(*arguments)
@@ -246,6 +262,27 @@ def test_an_engine_that_exists_is_replaced_only_by_force(bundle: Path) -> None:
     assert Bundle.open(bundle).changed_files() == []
     other = build(bundle, replace(OPTIONS, capabilities=("8.6",))).engine
     assert Manifest.load(bundle).engines == (second, other)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("place", ["pathlib.Path.write_bytes", "os.fsync"])
+def test_a_full_disk_leaves_the_bundle_as_it_was(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, force: bool, place: str
+) -> None:
+    """Whether the plan does not fit or, when it is in its place, the manifest."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if force:
+        build(bundle, OPTIONS)
+    before = snapshot(bundle)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, full)
+        with pytest.raises(UserError) as refused:
+            build(bundle, replace(OPTIONS, max_batch_size=3, force=force))
+    assert_tells(refused.value, "No space left on device", "free space")
+    assert snapshot(bundle) == before
 
 
 def test_an_engine_that_no_manifest_names_is_replaced(bundle: Path) -> None:
