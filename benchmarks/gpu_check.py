@@ -31,7 +31,6 @@ from runtime.manifest import GOLDEN, MODEL
 from runtime.session import Session, open_session
 from runtime.tensorrt_api import FLAVORS, import_tensorrt
 
-QUICK = True  # `python -m benchmarks` runs it
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 ASSUMPTION = "lower-right causality counts from key_value_lengths"

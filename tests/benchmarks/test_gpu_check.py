@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fake_tensorrt import FakeCuda
 
-from benchmarks import __main__ as bench
+import benchmarks.__main__ as bench
 from benchmarks import gpu_check
 from runtime.bundle import Bundle
 from runtime.cuda import Gpu

@@ -121,10 +121,10 @@ def test_a_package_that_is_not_installed_is_named_with_the_command_that_adds_it(
         (["exprot"], ["'exprot'", "Did you mean 'export'?", "nemotron-export --help"]),
         (["export"], ["CHECKPOINT", "nemotron-export export --help"]),
         (["export", ".", "--task", "question-answering"], ["'question-answering'", "'text-generation'"]),
-        (["export", ".", "--target", "tensorrt"], ["'tensorrt'", "'onnxruntime'"]),
-        (["export", ".", "--precision", "fp16"], ["'fp16'", "'fp32'"]),
+        (["export", ".", "--target", "openvino"], ["'openvino'", "'onnxruntime'"]),
+        (["export", ".", "--precision", "fp8"], ["'fp8'", "'fp32'"]),
         (["export", ".", "--max-length", "0"], ["--max-length", "x>=1"]),
-        (["generate", "b", "-p", "x", "--backend", "tensorrt"], ["'tensorrt'", "'auto', 'onnxruntime'"]),
+        (["generate", "b", "-p", "x", "--backend", "cuda"], ["'cuda'", "'auto', 'onnxruntime', 'tensorrt'"]),
         (["generate", "b", "-p", "x", "--temprature", "1"], ["--temprature", "--temperature"]),
     ],
 )
