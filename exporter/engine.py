@@ -17,12 +17,12 @@ from typing import Any
 
 from exporter.builder import configure, monitor_of
 from exporter.engine_options import BuildOptions, Shapes, check_options, resolve_capabilities, resolve_shapes
-from exporter.network import Messages, ParsedNetwork, parse
+from exporter.network import ParsedNetwork, parse
 from plugins.tensorrt_network import CAUSALITIES, LENGTHS_ASSUMPTION, LOWER_RIGHT
 from runtime.bundle import Bundle, sha256_of
 from runtime.errors import CheckFailed, UserError
 from runtime.manifest import ENGINES, MODEL, PLAN, Engine, FileRecord, Manifest
-from runtime.tensorrt_api import import_tensorrt
+from runtime.tensorrt_api import Messages, import_tensorrt
 
 Progress = Callable[[str, int, int], None]
 TARGET = "tensorrt"

@@ -20,21 +20,9 @@ from runtime.bundle import Bundle
 from runtime.contract import INPUT_IDS, WRITE_INDICES
 from runtime.errors import UserError
 from runtime.manifest import MODEL
+from runtime.tensorrt_api import Messages, logger
 
 CAPACITY = "capacity"  # the symbolic dimension of the caches
-
-
-@dataclass
-class Messages:
-    """What TensorRT said while a network was made and built."""
-
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    details: list[str] = field(default_factory=list)
-
-    def reason(self) -> str:
-        """The last error, in one line."""
-        return " ".join(self.errors[-1].split()) if self.errors else "it gave no reason"
 
 
 @dataclass
@@ -100,7 +88,7 @@ def parse(trt: Any, bundle: Bundle, capacity: int) -> ParsedNetwork:
     path = bundle.file(MODEL)
     model = _frozen(path, capacity)
     messages = Messages()
-    log = _log(trt, messages)
+    log = logger(trt, messages)
     builder = trt.Builder(log)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
@@ -172,22 +160,3 @@ def _map(path: Path) -> tuple[mmap.mmap, int]:
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return mapped, np.frombuffer(mapped, np.uint8).ctypes.data
-
-
-def _log(trt: Any, messages: Messages) -> Any:
-    """A logger of TensorRT's that keeps what is said."""
-    severity = trt.ILogger.Severity
-
-    class Log(trt.ILogger):  # type: ignore[misc]  # the module is chosen when running
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, level: Any, message: str) -> None:
-            if level in (severity.ERROR, severity.INTERNAL_ERROR):
-                messages.errors.append(message)
-            elif level == severity.WARNING:
-                messages.warnings.append(message)
-            elif level == severity.INFO:
-                messages.details.append(message)
-
-    return Log()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -52,6 +53,49 @@ def import_tensorrt(flavor: str) -> Any:
         oldest = ".".join(map(str, known.oldest))
         raise UserError(f"{flavor} {version} is too old, {oldest} is the oldest that will do; {known.install}")
     return module
+
+
+@dataclass
+class Messages:
+    """What TensorRT said, by severity."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+
+    def reason(self) -> str:
+        """The last error, in one line."""
+        return " ".join(self.errors[-1].split()) if self.errors else "it gave no reason"
+
+
+def logger(trt: Any, messages: Messages) -> Any:
+    """TensorRT's logger, which writes into `messages` from now on and prints nothing.
+
+    There is one in a process: TensorRT ignores a second as long as anything made with the first is alive.
+    """
+    log = _logger(trt)
+    log.messages = messages
+    return log
+
+
+@cache
+def _logger(trt: Any) -> Any:
+    severity = trt.ILogger.Severity
+
+    class Log(trt.ILogger):  # type: ignore[misc]  # the module is chosen when running
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages = Messages()
+
+        def log(self, level: Any, message: str) -> None:
+            if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                self.messages.errors.append(message)
+            elif level == severity.WARNING:
+                self.messages.warnings.append(message)
+            elif level == severity.INFO:
+                self.messages.details.append(message)
+
+    return Log()
 
 
 def _numbers(version: str) -> tuple[int, ...]:

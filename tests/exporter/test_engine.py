@@ -285,6 +285,15 @@ def test_a_full_disk_leaves_the_bundle_as_it_was(
     assert snapshot(bundle) == before
 
 
+def test_what_is_said_of_a_network_is_kept_with_it(tensorrt_bundle: Path) -> None:
+    """TensorRT ignores a second logger while anything of the first is alive: messages would go astray."""
+    bundle = Bundle.open(tensorrt_bundle)
+    networks = [parse(trt, bundle, 128) for _ in range(2)]
+    for network in networks:
+        assert any("Int64 binding" in warning for warning in network.messages.warnings)
+        assert not any("logger" in warning for warning in network.messages.warnings)
+
+
 def test_an_engine_that_no_manifest_names_is_replaced(bundle: Path) -> None:
     """What a build leaves that was killed between its two renames."""
     place = bundle / "engines" / f"tensorrt-rtx-{trt.__version__}-sm89"
