@@ -18,7 +18,10 @@ class CannotEvaluate(UserError):
     """An operation, attribute or dtype that the evaluation has no meaning for."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"the evaluation knows no {what}; export with --no-verify, and check the bundle where it runs")
+        super().__init__(
+            f"the evaluation knows no {what}; do without it (--no-verify, or verify without --network), "
+            "and check the bundle where it runs"
+        )
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,14 @@ class Program:
         """Run every step.
 
         Args:
-            feeds: a tensor for each input that has no default, of its dtype.
+            feeds: a tensor for each input that has no default.
+
+        Raises:
+            ValueError: one of another dtype than its input.
         """
+        for edge in self.inputs:
+            if edge.name in feeds and feeds[edge.name].dtype != edge.dtype:
+                raise ValueError(f"{edge.name} is {edge.dtype}, not {feeds[edge.name].dtype}")
         values = dict(feeds)
         left = Counter(self._uses)
         non_finite = []

@@ -43,7 +43,7 @@ class SetPrecision(GraphPass):
         return len(norms)
 
     def _retype(self, value: ir.Value) -> None:
-        value.dtype = self.dtype
+        value.type = ir.TensorType(self.dtype)  # a type of its own: copies of a graph share them
         if value.const_value is not None:
             array = value.const_value.numpy().astype(self.dtype.numpy())
             value.const_value = ir.Tensor(array, dtype=self.dtype, name=value.name)
