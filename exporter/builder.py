@@ -38,7 +38,8 @@ def configure(
     }
     for name in (name for name, wanted in flags.items() if wanted):
         config.set_flag(trt.BuilderFlag.__members__[name])
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; it rounds what an fp32 graph multiplies to 10 bits
+    if hasattr(trt.BuilderFlag, "TF32"):
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default; it rounds what an fp32 graph multiplies to 10 bits
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if options.hardware_compatibility:

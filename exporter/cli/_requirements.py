@@ -10,6 +10,8 @@ EXTRAS = {
     "export": ("ml-dtypes", "onnx", "onnx-ir", "onnxscript", "safetensors", "torch", "transformers"),
     "cpu": ("onnxruntime",),
     "gpu": ("onnxruntime-gpu",),
+    "tensorrt": ("tensorrt", "polygraphy", "cuda-python", "onnx"),
+    "rtx": ("tensorrt-rtx", "polygraphy", "cuda-python", "onnx"),
 }
 EITHER_ONNXRUNTIME = (
     f"pip install '{DISTRIBUTION}[cpu]' or, with an NVIDIA GPU, '{DISTRIBUTION}[gpu]' (one of them, never both)"

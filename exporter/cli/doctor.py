@@ -16,6 +16,7 @@ from exporter.cli._options import json_option
 from exporter.cli._requirements import BASE, DISTRIBUTION, EITHER_ONNXRUNTIME, EXTRAS
 
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+TENSORRT = ("tensorrt", "tensorrt-rtx", "cuda-python")  # shown, and never missed: not everyone wants them
 _PURPOSE = {
     "base": "everything",
     "onnxruntime": "running bundles (generate, chat, selftest) and checking exports",
@@ -57,7 +58,7 @@ def doctor(as_json: bool) -> None:
 
 def examine() -> dict[str, Any]:
     """The JSON object of the command."""
-    names = sorted({*BASE, *EXTRAS["export"], *RUNTIMES})
+    names = sorted({*BASE, *EXTRAS["export"], *RUNTIMES, *TENSORRT})
     packages = {name: _version(name) for name in names}
     providers, warnings = _providers(packages)
     return {

@@ -20,7 +20,7 @@ from exporter import engine as engine_module
 from exporter.builder import configure, monitor_of
 from exporter.engine import BuildResult, build
 from exporter.engine_options import MAX_KEPT, BuildOptions, Shapes, resolve_shapes
-from exporter.network import parse
+from exporter.network import ParsedNetwork, parse
 from plugins.tensorrt_network import CAUSALITIES, LENGTHS_ASSUMPTION, NetworkMismatch
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed, UserError
@@ -216,6 +216,23 @@ def test_progress_of_nested_phases_adds_up() -> None:
     monitor.phase_finish("build")
     assert seen == [0.25, 0.5, 0.5, 1.0]
     assert ended == [True]
+
+
+def test_mapped_weights_leave_memory_before_the_engine_is_serialised(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise they count a third time, beside those in the engine and in its plan."""
+    released: list[str] = []
+    real = ParsedNetwork.release_pages
+    stages: list[str] = []
+
+    def release(network: ParsedNetwork) -> None:
+        released.append(stages[-1])
+        real(network)
+
+    monkeypatch.setattr(ParsedNetwork, "release_pages", release)
+    build(bundle, OPTIONS, lambda stage, *_: stages.append(stage))
+    assert released == ["build"]
 
 
 def test_an_interruption_ends_the_build_and_leaves_nothing(bundle: Path) -> None:

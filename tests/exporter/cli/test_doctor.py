@@ -41,6 +41,13 @@ def test_json_lists_packages_providers_and_what_is_missing(cli, installed):
     assert report["missing"][0]["install"] == "pip install 'nemotron-export[export]'"
 
 
+def test_tensorrt_is_shown_and_not_missed(cli, installed):
+    installed["tensorrt-rtx"] = "1.7.1.116"
+    report = json.loads(cli("doctor", "--json").out)
+    assert (report["packages"]["tensorrt-rtx"], report["packages"]["tensorrt"]) == ("1.7.1.116", None)
+    assert report["missing"] == []
+
+
 def test_a_machine_without_a_runtime_is_offered_both(cli, installed):
     del installed["onnxruntime"]
     out = cli("doctor").out
