@@ -10,7 +10,7 @@ from runtime.bundle import Bundle
 from runtime.cuda import Cuda, Gpu
 from runtime.errors import UserError
 from runtime.manifest import MODEL, Engine
-from runtime.tensorrt_api import FLAVORS, import_tensorrt
+from runtime.tensorrt_api import FLAVORS, Messages, import_tensorrt
 
 # As the engine's record names them (exporter.engine_options).
 VERSION_COMPATIBLE, STRIPPED = "version-compatible", "strip"
@@ -99,7 +99,7 @@ def _runs_on_later(engine: Engine, version: str) -> bool:
     return VERSION_COMPATIBLE in engine.flags and here[:1] == built[:1] and here >= built
 
 
-def deserialise(bundle: Bundle, chosen: Chosen, runtime: Any, logger: Any, rebuild: str) -> Any:
+def deserialise(bundle: Bundle, chosen: Chosen, runtime: Any, messages: Messages, rebuild: str) -> Any:
     """The engine on the GPU, with its weights. `runtime` is TensorRT's, and must live as long as the engine.
 
     Raises:
@@ -112,28 +112,12 @@ def deserialise(bundle: Bundle, chosen: Chosen, runtime: Any, logger: Any, rebui
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
-        raise UserError(f"{plan} cannot be loaded{logger.last()}; {rebuild}")
+        raise UserError(f"{plan} cannot be loaded ({messages.reason()}); {rebuild}")
     if STRIPPED in record.flags:
-        refitter = trt.Refitter(engine, logger)
-        parsed = trt.OnnxParserRefitter(refitter, logger).refit_from_file(str(bundle.file(MODEL)))
+        refitter = trt.Refitter(engine, runtime.logger)
+        parsed = trt.OnnxParserRefitter(refitter, runtime.logger).refit_from_file(str(bundle.file(MODEL)))
         if not parsed or not refitter.refit_cuda_engine():
-            raise UserError(f"{plan} does not take the weights of {bundle.file(MODEL)}{logger.last()}; {rebuild}")
+            raise UserError(
+                f"{plan} does not take the weights of {bundle.file(MODEL)} ({messages.reason()}); {rebuild}"
+            )
     return engine
-
-
-def quiet_logger(trt: Any) -> Any:
-    """TensorRT's logger that keeps the last error for our own message, and prints nothing."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.error = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.error = " ".join(message.split())[:300]
-
-        def last(self) -> str:
-            return f" ({self.error})" if self.error else ""
-
-    return Logger()

@@ -62,12 +62,12 @@ class OrtSession:
         self.vocab_size = bundle.vocab_size
         self._placement = device
         self._bundle = bundle
-        self._limit = bundle.manifest.max_length
+        self.max_capacity = bundle.manifest.max_length
         self._model = _load_model(ort, bundle, device, threads)
         logits = next(spec for spec in bundle.manifest.graph.outputs if spec.name == LOGITS)
         self._logits_dtype, self._kept = numpy_dtype(logits.dtype), logits.shape[1]
         self._contract = CONTRACTS[bundle.manifest.target]
-        self._allocate(slots, self._limit if capacity is None else capacity)
+        self._allocate(slots, self.max_capacity if capacity is None else capacity)
 
     def reopen(self, *, slots: int, capacity: int) -> Self:
         """The same loaded weights with a cache of their own."""
@@ -77,7 +77,7 @@ class OrtSession:
 
     def step(self, tokens: Ints, lengths: Ints, past_lengths: Ints, slots: Ints | None = None, keep: int = 1) -> Floats:
         """Append tokens and return logits, float32 [batch, keep, vocab]; see `Session.step`."""
-        limits = Limits(self.slots, self.capacity, self.vocab_size, self._limit)
+        limits = Limits(self.slots, self.capacity, self.vocab_size, self.max_capacity)
         step = limits.checked(tokens, lengths, past_lengths, slots, keep)
         logits = np.empty((len(step.tokens), keep, self.vocab_size), self._logits_dtype)
         for rows in self._contract.split(step, self.capacity):
@@ -126,7 +126,7 @@ class OrtSession:
         return self._bindings[first_slot, batch]
 
     def _allocate(self, slots: int, capacity: int) -> None:
-        check_allocation(slots, capacity, self._limit, self._bundle.path)
+        check_allocation(slots, capacity, self.max_capacity, self._bundle.path)
         self.slots, self.capacity = slots, capacity
         self.cache = KVCache(self._bundle.cache_geometry, slots, capacity, self._placement)
         self._bindings: dict[tuple[int, int], IOBinding] = {}

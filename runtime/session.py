@@ -33,6 +33,7 @@ class Session(Protocol):
         capacity: tokens per row.
         vocab_size: token ids are 0..vocab_size-1.
         max_slots: rows that `reopen` gives at most; None where memory alone limits them.
+        max_capacity: tokens per row that `reopen` gives at most.
     """
 
     backend: str
@@ -43,6 +44,7 @@ class Session(Protocol):
     capacity: int
     vocab_size: int
     max_slots: int | None
+    max_capacity: int
 
     def step(self, tokens: Ints, lengths: Ints, past_lengths: Ints, slots: Ints | None = None, keep: int = 1) -> Floats:
         """Append tokens to the cache and return logits.
@@ -67,7 +69,7 @@ class Session(Protocol):
         """A session on the same loaded weights with a cache of its own, of other dimensions.
 
         Raises:
-            UserError: the capacity passes the bundle's `max_length`.
+            UserError: more than `max_slots` rows or `max_capacity` tokens.
         """
         ...
 

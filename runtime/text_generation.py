@@ -27,7 +27,7 @@ class Options(TypedDict, total=False):
         temperature, top_k, top_p, min_p, repetition_penalty, seed: see `runtime.sampling.Sampling`.
         stop: one or more strings that end a row; they are not part of its text.
         ignore_eos: go on after the tokens that end a text.
-        max_length: tokens a row may hold, prompt included (default and maximum: the bundle's).
+        max_length: tokens a row may hold, prompt included (default and maximum: the bundle's, or the engine's).
         prefill_chunk: tokens of a prompt per step (all).
     """
 
@@ -53,6 +53,7 @@ class TextGenerator:
         self.tokenizer = Tokenizer(bundle)
         self.backend = session.backend
         self.choice = session.choice
+        self.max_length = session.max_capacity
         self._session = session
         self._load_s = load_s
 
@@ -95,12 +96,13 @@ class TextGenerator:
 
     def _settings(self, options: Options) -> Settings:
         """The loop's settings: the caller's options, the checkpoint's defaults, the bundle's limits."""
-        limit = self.bundle.manifest.max_length
+        limit = self.max_length
         capacity = options.get("max_length")
         capacity = limit if capacity is None else capacity
         if not 1 <= capacity <= limit:
             raise UserError(
-                f"max_length should be within 1..{limit}, what {self.bundle.path} was exported for; found {capacity}"
+                f"max_length should be within 1..{limit}, what {self.bundle.path} has on {self.backend}; "
+                f"found {capacity}"
             )
         stop = options.get("stop", ())
         return Settings(

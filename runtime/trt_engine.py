@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from runtime.bundle import Bundle
 from runtime.contract import INPUT_IDS, LOGITS, LOGITS_INDICES, WRITE_INDICES, past_names, present_names
 from runtime.cuda import Cuda, Memory, Pinned
-from runtime.engines import Chosen, deserialise, quiet_logger
+from runtime.engines import Chosen, deserialise
 from runtime.errors import CheckFailed, UserError
 from runtime.session import Floats, Ints
+from runtime.tensorrt_api import Messages, logger
 
 FED = (INPUT_IDS, WRITE_INDICES, LOGITS_INDICES)
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given
@@ -59,9 +60,9 @@ class LoadedEngine:
         self.record, self.cuda = chosen.engine, chosen.cuda
         self._trt, self._path = chosen.trt, bundle.path
         self._rebuild = f"run nemotron-export build {bundle.path} --flavor {self.record.flavor} --force"
-        self._logger = quiet_logger(chosen.trt)
-        self._runtime = chosen.trt.Runtime(self._logger)
-        self.engine = deserialise(bundle, chosen, self._runtime, self._logger, self._rebuild)
+        self._messages = Messages()
+        self._runtime = chosen.trt.Runtime(logger(chosen.trt, self._messages))
+        self.engine = deserialise(bundle, chosen, self._runtime, self._messages, self._rebuild)
         self.profiles = sorted(
             (Profile.read(self.engine, index) for index in range(self.engine.num_optimization_profiles)),
             key=lambda profile: (len(profile.width), len(profile.kept)),
@@ -116,7 +117,7 @@ class LoadedEngine:
 
     def fail(self, what: str) -> CheckFailed:
         """What to raise where TensorRT says no; with the last thing that it logged."""
-        return CheckFailed(f"{self.record.path}: {what}{self._logger.last()}; {self._rebuild}")
+        return CheckFailed(f"{self.record.path}: {what} ({self._messages.reason()}); {self._rebuild}")
 
     def _create_context(self, profile: Profile) -> Any:
         """An execution context for one profile."""

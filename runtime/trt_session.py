@@ -51,8 +51,8 @@ class TrtSession:
         self._loaded = LoadedEngine(bundle, chosen)
         self._contract = CONTRACTS[bundle.manifest.target]
         self.max_slots: int | None = self._loaded.max_batch
-        self._limit = min(self._loaded.capacity, bundle.manifest.max_length)
-        self._allocate(slots, self._limit if capacity is None else capacity)
+        self.max_capacity = min(self._loaded.capacity, bundle.manifest.max_length)
+        self._allocate(slots, self.max_capacity if capacity is None else capacity)
 
     def reopen(self, *, slots: int, capacity: int) -> Self:
         """The same loaded engine with a cache of its own."""
@@ -65,7 +65,7 @@ class TrtSession:
 
         Tokens beyond the engine's `max_input_len` run as chunks, one after another.
         """
-        limits = Limits(self.slots, self.capacity, self.vocab_size, self._limit)
+        limits = Limits(self.slots, self.capacity, self.vocab_size, self.max_capacity)
         step = limits.checked(tokens, lengths, past_lengths, slots, keep)
         loaded, logits = self._loaded, np.empty((len(step.tokens), keep, self.vocab_size), np.float32)
         for piece in step.pieces(loaded.max_width, loaded.max_kept):
@@ -80,7 +80,7 @@ class TrtSession:
     def _allocate(self, slots: int, capacity: int) -> None:
         record = self._loaded.record
         where = f"{record.path} (built with --max-seq-len {record.max_seq_len})"
-        check_allocation(slots, capacity, self._limit, where, "build with a larger one")
+        check_allocation(slots, capacity, self.max_capacity, where, "build with a larger one")
         if slots > self._loaded.max_batch:
             raise UserError(
                 f"a batch of {slots} passes the {self._loaded.max_batch} of {record.path}; run nemotron-export build "

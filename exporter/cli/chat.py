@@ -59,7 +59,7 @@ class Conversation:
         self._opening = opening
         self._options = options
         self._turns: list[Message] = []
-        limit = model.bundle.manifest.max_length
+        limit = model.max_length
         self._capacity = min(options.get("max_length") or limit, limit)
         # Room that an answer should find: what was asked for, but never most of the capacity.
         self._room = min(options.get("max_new_tokens", 256), self._capacity // 4)

@@ -75,7 +75,7 @@ class Constant:
     """A session that answers every step with the same logits."""
 
     backend, version, device = "constant", "1", "none"
-    slots, capacity, vocab_size, max_slots, choice = 1, 8, 6, None, ""
+    slots, capacity, vocab_size, max_slots, max_capacity, choice = 1, 8, 6, None, 8, ""
 
     def __init__(self, logits: list[float]) -> None:
         self._logits = np.array([[logits]], np.float32)

@@ -217,6 +217,14 @@ def test_text_is_what_onnxruntime_says(machine):
     assert [row.token_ids for row in ours.sequences] == [row.token_ids for row in theirs.sequences]
 
 
+def test_text_ends_where_the_engines_capacity_does(machine):
+    (row,) = load(machine.path).generate("Mars is", greedy=True, ignore_eos=True).sequences  # 256 tokens by default
+    assert row.finish_reason == "length"
+    assert row.prompt_tokens + len(row.token_ids) == CAPACITY + 1  # the last one need not be cached
+    with pytest.raises(UserError, match=r"max_length should be within 1..48, what .* has on tensorrt; found 49"):
+        load(machine.path).generate("Mars is", max_length=49)
+
+
 # Which engine, and why not.
 
 
@@ -367,5 +375,6 @@ def test_everything_asked_of_the_fake_exists_in_the_real_bindings():
     assert trt.DataType.BF16.itemsize == 2
     assert trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE is not None
     assert hasattr(trt.Runtime, "deserialize_cuda_engine")
+    assert hasattr(trt.Runtime, "logger")
     assert hasattr(trt.Refitter, "refit_cuda_engine")
     assert hasattr(trt.OnnxParserRefitter, "refit_from_file")

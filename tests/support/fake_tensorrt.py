@@ -176,7 +176,7 @@ class FakeTensorRT(ModuleType):
         self.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
 
         class ILogger:
-            ERROR, INTERNAL_ERROR = "error", "internal error"
+            Severity = SimpleNamespace(ERROR="error", INTERNAL_ERROR="internal error", WARNING="warning", INFO="info")
 
         self.ILogger = ILogger
 
@@ -201,7 +201,7 @@ class FakeTensorRT(ModuleType):
                 logger.log("error", "Magic tag does not match")
                 return None
 
-        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+        return SimpleNamespace(deserialize_cuda_engine=deserialize, logger=logger)
 
 
 class FakeEngine:
