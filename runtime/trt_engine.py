@@ -83,6 +83,7 @@ class LoadedEngine:
                 f"{self._rebuild} and a --max-seq-len that is a multiple of 64"
             )
         self.stream = self.cuda.stream()
+        self._config: Any = None
         self._caches: list[Cache] = []
         self._runners: dict[tuple[int, int], Runner] = {}
         self.fed = {name: Staged(self.cuda, self._largest(name), self._dtype(name)) for name in FED}
@@ -130,12 +131,14 @@ class LoadedEngine:
         return context
 
     def _context_options(self) -> tuple[Any, ...]:
-        """TensorRT-RTX compiles its kernels when shapes are first seen, and knows best when to capture them."""
+        """TensorRT-RTX compiles kernels when it first sees a shape, once for all contexts, and captures by itself."""
         if self.record.flavor != "tensorrt-rtx":
             return ()
-        config = self.engine.create_runtime_config()
-        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return (config,)
+        if self._config is None:
+            self._config = self.engine.create_runtime_config()
+            self._config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            self._config.set_runtime_cache(self._config.create_runtime_cache())
+        return (self._config,)
 
     def _runner(self, profile: Profile, batch: int, width: int) -> Runner:
         """Prefill has one context; decoding one for each batch size, whose graph another shape would spoil."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fake_tensorrt import FakeCuda, FakeTensorRT
+from gpu_machine import Machine
 
 TINY = Path(__file__).parents[1] / "artifacts" / "tiny-nemotron"
 
@@ -57,3 +60,20 @@ def tensorrt_bundle(tensorrt_bundle_of: Callable[[str], Path]) -> Path:
 def tiny_bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A bundle that a test may break."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+
+
+@pytest.fixture
+def gpu_host(tensorrt_bundle_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine with a GPU, played by fakes, and a bundle of the trained checkpoint without an engine yet."""
+    cuda = FakeCuda()
+    trt = FakeTensorRT(cuda)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    return Machine(cuda, trt, Path(shutil.copytree(tensorrt_bundle_of("fp32"), tmp_path / "bundle")))
+
+
+@pytest.fixture
+def machine(gpu_host: Machine) -> Machine:
+    """The same with an engine for its GPU."""
+    gpu_host.add_engine()
+    return gpu_host

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_tensorrt import FakeCuda
+from fake_tensorrt import FakeCuda, plan_of
 
 import benchmarks.__main__ as bench
 from benchmarks import gpu_check
 from runtime.bundle import Bundle
-from runtime.cuda import Gpu
+from runtime.cuda import Cuda, Gpu
 from runtime.ort_session import OrtSession
 
 
@@ -66,6 +66,27 @@ def test_the_table_and_the_json_say_whether_the_assumption_holds(tmp_path, capsy
     out = capsys.readouterr().out
     assert "300 GB/s" in out
     assert "WRONG" in out
+
+
+def test_a_machine_with_a_gpu_gets_its_table_and_its_json(gpu_host, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    profiles = [
+        {"batch": [1, 1], "width": [1, 128], "kept": [1, 4]},
+        {"batch": [1, 1], "width": [1, 1], "kept": [1, 1]},
+    ]
+    plan = plan_of(gpu_host.path / "model.onnx", capacity=256, profiles=profiles)
+    gpu_host.add_engine(plan, max_batch_size=1, max_input_len=128, max_seq_len=256)
+    bandwidth = gpu_check.copy_bandwidth(Cuda(), 2**16)
+    assert bandwidth > 0
+    monkeypatch.setattr(gpu_check, "copy_bandwidth", lambda cuda: bandwidth)
+    assert gpu_check.main([str(gpu_host.path), "--results", str(tmp_path / "results")]) == 0
+    (path,) = (tmp_path / "results").iterdir()
+    (result,) = json.loads(path.read_text())["results"]
+    assert (result["backend"], result["greedy_equal"], result["passed"]) == ("tensorrt", "32/32", True)
+    outcome = capsys.readouterr()
+    assert "tensorrt 11.4.0.1 fp32: holds: lower-right causality counts from key_value_lengths" in outcome.out
+    assert outcome.err.startswith("skipped: tensorrt-rtx (")
+    assert not [engine for engine in gpu_host.bundle.manifest.engines if engine.flavor != "tensorrt"]  # a copy was used
 
 
 def test_the_assumption_is_the_one_that_engines_record():

@@ -67,7 +67,9 @@ class FakeCuda(ModuleType):
         self._capability, self._devices = capability, devices
         self.cudaError_t = Error
         self.cudaStreamNonBlocking = 1
-        self.cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="in", cudaMemcpyDeviceToHost="out")
+        self.cudaMemcpyKind = SimpleNamespace(
+            cudaMemcpyHostToDevice="in", cudaMemcpyDeviceToHost="out", cudaMemcpyDeviceToDevice="in"
+        )
         self.cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread")
         self.cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=0, cudaDevAttrComputeCapabilityMinor=1)
 
@@ -229,7 +231,9 @@ class FakeEngine:
         return name.replace("present", "past_key_values") if aliased else None
 
     def create_runtime_config(self) -> SimpleNamespace:
-        return SimpleNamespace(cuda_graph_strategy="none")
+        return SimpleNamespace(
+            cuda_graph_strategy="none", create_runtime_cache=lambda: "cache", set_runtime_cache=lambda cache: True
+        )
 
     def create_execution_context(self, config: Any = None) -> FakeContext:
         self.trt.contexts.append(FakeContext(self, config))
