@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 from fake_tensorrt import FakeCuda, FakeTensorRT
 from gpu_machine import Machine
+
+# Before torch loads OpenMP: threads that spin while they wait make tests many times slower where cores are busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TINY = Path(__file__).parents[1] / "artifacts" / "tiny-nemotron"
 

@@ -36,6 +36,8 @@ def main() -> NoReturn:
     """Run the command that the process was started for, and exit."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # text that the terminal cannot show must not end the program
+    # Before torch loads OpenMP: threads that spin while they wait made checks ten times slower where cores were busy.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))
 
 

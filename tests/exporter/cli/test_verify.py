@@ -11,17 +11,18 @@ from runtime.manifest import Comparison, Parity
 
 @pytest.fixture
 def verdict(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What the comparisons of the next run find."""
+    """What the two comparisons of the next run find; then whether it was of the network."""
     found = [True, True]
 
     def verify(bundle, checkpoint, progress, network) -> Parity:
         print("a library's chatter")
         progress("verify", 1, 2)
+        found[2:] = [network]
         rows = tuple(
             Comparison(name="logits", case=str(n), metric="max_abs", value=None, limit=1e-4, passed=passed)
-            for n, passed in enumerate(found)
+            for n, passed in enumerate(found[:2])
         )
-        return Parity(evaluated_by="onnxruntime-cpu 1.32.0", passed=all(found), comparisons=rows)
+        return Parity(evaluated_by="onnxruntime-cpu 1.32.0", passed=all(found[:2]), comparisons=rows)
 
     module = ModuleType("exporter.verify")
     module.verify = verify  # type: ignore[attr-defined]
@@ -55,3 +56,9 @@ def test_json_has_the_keys_of_the_contract_also_where_it_failed(cli, verdict, tm
     assert report["comparisons"][1] == {
         "name": "logits", "case": "1", "metric": "max_abs", "value": None, "limit": 1e-4, "passed": passed
     }  # fmt: skip
+
+
+def test_the_network_is_checked_only_where_it_is_asked_for(cli, verdict, tmp_path):
+    for arguments, network in ((), False), (("--network",), True):
+        assert cli("verify", "b", tmp_path, *arguments).code == 0
+        assert verdict[2] is network
