@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import corruptions
 import numpy as np
@@ -121,3 +122,24 @@ def test_another_models_weights_of_the_same_shape_do_not_pass(tiny_bundle: Path,
     )
     other = write_checkpoint(tmp_path / "other", **{key: config[key] for key in keys})
     assert not verify(tiny_bundle, other).passed
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "a key/value head per query head, all channels rotate": {"num_key_value_heads": 4, "partial_rotary_factor": 1.0},
+    "one key/value head, biases": {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
+    "heads wider than the hidden state": {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64},
+    "tied, another activation, another epsilon": {"tie_word_embeddings": True, "hidden_act": "silu", "norm_eps": 1e-2},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "linear, another base": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 500.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+def test_random_checkpoints_of_other_structures_pass(
+    tmp_path: Path, config: dict[str, Any], dtype: torch.dtype
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "random", dtype=dtype, **config)
+    parity = export(checkpoint, tmp_path / "bundle", ExportOptions()).manifest.parity
+    assert {comparison.limit for comparison in parity.comparisons if comparison.name != "greedy"} == {LIMIT}
