@@ -10,7 +10,7 @@ import pytest
 from checkpoints import write_tokenizer
 from refusals import assert_tells
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import NemotronConfig, PreTrainedTokenizerFast
 
 from exporter.checkpoint import Checkpoint
 from exporter.companions import check_companions, genai_config, write_companions
@@ -113,6 +113,7 @@ def test_a_checkpoint_without_a_template_gives_a_bundle_without_one(small_copy: 
         ("tokenizer_config.json", b'{"chat_template": [{"name": "rag", "template": "x"}]}', "rag"),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": 3}]}', "chat_template"),
         ("chat_template.jinja", b"\xff\xfe", "UTF-8"),
+        ("chat_template.jinja", b"{% for m in messages %}{{ oops ", "refuses"),
         ("generation_config.json", b"{", "is not JSON"),
         ("generation_config.json", b"3", "JSON object"),
         ("generation_config.json", b'{"eos_token_id": "</s>"}', "eos_token_id"),
@@ -185,3 +186,17 @@ def test_the_sampling_that_the_checkpoint_asks_for_is_the_sampling_of_the_bundle
     write_json(small_copy / "generation_config.json", chosen)
     search = written_genai(small_copy, tmp_path / "b")["search"]
     assert {name: search[name] for name in chosen} == chosen
+
+
+def test_every_runtime_of_a_bundle_ends_at_the_tokens_that_transformers_ends_at(
+    small_copy: Path, tmp_path: Path
+) -> None:
+    """Also where no file of the checkpoint names one, so that the architecture's default counts."""
+    (small_copy / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((small_copy / "config.json").read_text())
+    del config["eos_token_id"]
+    write_json(small_copy / "config.json", config)
+    directory = written(small_copy, tmp_path / "b")
+    theirs = NemotronConfig.from_pretrained(small_copy).eos_token_id
+    assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == theirs
+    assert json.loads((directory / "genai_config.json").read_text())["model"]["eos_token_id"] == theirs

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from checkpoints import SMALL
@@ -58,12 +57,6 @@ def test_scores_are_scaled_as_transformers_scales_them() -> None:
     with torch.device("meta"):
         model = NemotronForCausalLM(spec_of(head_dim=80).config)
     assert spec_of(head_dim=80).scale == pytest.approx(model.model.layers[0].self_attn.head_dim ** -0.5)
-
-
-def test_the_memory_named_for_a_token_is_what_its_keys_and_values_take() -> None:
-    layers, key_and_value = SMALL["num_hidden_layers"], 2
-    token = np.zeros((layers, key_and_value, SMALL["num_key_value_heads"], SMALL["head_dim"]), np.float32)
-    assert spec_of().kv_bytes_per_token == token.nbytes
 
 
 def test_old_files_that_do_not_say_how_many_heads_or_how_wide_are_understood() -> None:
