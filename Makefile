@@ -29,8 +29,8 @@ bench: $(VENV)/.installed-dev
 
 # Installed once; again when what is to be installed changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt $(PIP_TORCH_ARGS) torch
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install -q -c constraints.txt --no-deps $(PIP_TORCH_ARGS) torch
 	$(BIN)/pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from exporter.checkpoint import Checkpoint
 from exporter.spec import NemotronSpec
+from runtime.chat_template import ChatTemplate
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
 from runtime.errors import UserError
 from runtime.manifest import CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG
@@ -43,20 +44,23 @@ def check_companions(checkpoint: Checkpoint) -> None:
             f"{path} has token id {largest}, the model's vocabulary ends at {checkpoint.spec.vocab - 1}; "
             "tokenizer and weights are not of one model"
         )
-    _chat_template(checkpoint.path)
+    template = _chat_template(checkpoint.path)
+    if template is not None:
+        ChatTemplate(template, checkpoint.path / CHAT_TEMPLATE)
     genai_config(checkpoint.spec, _generation_defaults(checkpoint), checkpoint.spec.max_positions)
 
 
 def write_companions(checkpoint: Checkpoint, directory: Path, max_length: int) -> None:
     """Copy or write everything a runtime needs beside model.onnx into `directory`."""
-    for name in (CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG):
+    for name in (CONFIG, TOKENIZER, TOKENIZER_CONFIG):
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
+    generation = _generation_defaults(checkpoint)  # resolved once, so that every runtime stops at the same tokens
+    _write_json(directory / GENERATION_CONFIG, {name: v for name, v in generation.items() if v is not None})
     template = _chat_template(checkpoint.path)
     if template is not None:
         (directory / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
-    config = genai_config(checkpoint.spec, _generation_defaults(checkpoint), max_length)
-    (directory / GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_json(directory / GENAI_CONFIG, genai_config(checkpoint.spec, generation, max_length))
 
 
 def genai_config(spec: NemotronSpec, generation: dict[str, Any], max_length: int) -> dict[str, Any]:
@@ -119,11 +123,11 @@ def _generation_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _chat_template(directory: Path) -> str | None:
     """The checkpoint's chat template: a file, or text or a named list in tokenizer_config.json, or none."""
-    file = directory / CHAT_TEMPLATE
+    file, path = directory / CHAT_TEMPLATE, directory / TOKENIZER_CONFIG
+    config = _read_object(path) if path.is_file() else {}
     if file.is_file():
         return _read_text(file)
-    path = directory / TOKENIZER_CONFIG
-    template = _read_object(path).get("chat_template") if path.is_file() else None
+    template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         if "default" not in named:
@@ -132,6 +136,10 @@ def _chat_template(directory: Path) -> str | None:
     if template is not None and not isinstance(template, str):
         raise UserError(f"{path}: chat_template should be text, found {type(template).__name__}; correct it")
     return template
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_object(path: Path) -> dict[str, Any]:

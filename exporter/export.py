@@ -126,7 +126,8 @@ def _check_place(destination: Path, checkpoint: Checkpoint, force: bool) -> None
     check_destination(destination, force)
     if checkpoint.path.resolve().is_relative_to(destination.resolve()):
         raise UserError(
-            f"the checkpoint {checkpoint.path} is in {destination}, so --force would delete it; choose another"
+            f"the checkpoint {checkpoint.path} lies in {destination}, which --force would delete; "
+            "choose another place for the bundle"
         )
 
 

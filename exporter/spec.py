@@ -62,11 +62,6 @@ class NemotronSpec:
         """What attention multiplies q·k with."""
         return float(self.head_dim**-0.5)
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes that one token of one row takes in an fp32 cache, all layers together."""
-        return self.layers * 2 * self.kv_heads * self.head_dim * 4
-
 
 def read_spec(directory: Path) -> NemotronSpec:
     """Read and check `config.json` of a checkpoint directory.

@@ -17,6 +17,7 @@ from runtime.errors import UserError
 ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
 INLINE_BYTES = 1024  # constants up to this size stay in model.onnx
 
+_BUFFERS = ("rotary_emb.inv_freq",)  # older checkpoints store what the configuration implies
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -28,13 +29,20 @@ def weight_source(name: str, checkpoint: Checkpoint) -> str:
 
 
 def check_tensors(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
-    """Check that the checkpoint has every weight in its shape, before any work is done.
+    """Check that the checkpoint has every weight in its shape and no other, before any work is done.
 
     Raises:
-        UserError: a tensor is missing or has another shape.
+        UserError: a tensor is missing, has another shape, or has no place in the model of this configuration.
     """
     for name, shape in shapes.items():
         checkpoint.require(weight_source(name, checkpoint), shape)
+    placed = {*shapes, EMBEDDING, HEAD} if checkpoint.spec.tied else set(shapes)
+    homeless = sorted(name for name in checkpoint.tensors if name not in placed and not name.endswith(_BUFFERS))
+    if homeless:
+        raise UserError(
+            f"{checkpoint.tensors[homeless[0]].file}: {len(homeless)} tensors have no place in the model that "
+            f"config.json describes, {homeless[0]} among them; config.json and weights are not of one model"
+        )
 
 
 def expected_shapes(spec: NemotronSpec) -> dict[str, tuple[int, ...]]:

@@ -30,8 +30,8 @@ class _GenerationBlock(jinja2.ext.Extension):
 class ChatTemplate:
     """A compiled `chat_template.jinja`."""
 
-    def __init__(self, path: Path) -> None:
-        """Compile the template.
+    def __init__(self, source: str, path: Path) -> None:
+        """Compile a template's text; `path` names it in errors.
 
         Raises:
             UserError: it is not valid.
@@ -47,7 +47,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
-            self._template = environment.from_string(path.read_text(encoding="utf-8"))
+            self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise self._refusal(error) from error
 

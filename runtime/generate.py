@@ -114,7 +114,7 @@ class Generation(Iterator[Event]):
         Raises:
             UserError: no prompt, an empty one, or one longer than the capacity.
         """
-        _check_prompts(prompts, settings.capacity)
+        _check_prompts(prompts, settings.capacity, session.vocab_size)
         self._session = session
         self._settings = settings
         self._rows = [_Row(slot, ids, tokenizer, settings) for slot, ids in enumerate(prompts)]
@@ -225,7 +225,7 @@ def prefill(session: Session, prompts: Sequence[Sequence[int]], chunk: int | Non
     return logits
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], capacity: int) -> None:
+def _check_prompts(prompts: Sequence[Sequence[int]], capacity: int, vocab_size: int) -> None:
     if not prompts:
         raise UserError("there is no prompt; give at least one")
     for row, prompt in enumerate(prompts):
@@ -235,4 +235,10 @@ def _check_prompts(prompts: Sequence[Sequence[int]], capacity: int) -> None:
             raise UserError(
                 f"prompt {row + 1} has {len(prompt)} tokens, the capacity is {capacity}; shorten it, "
                 "raise --max-length, or export the bundle with a larger one"
+            )
+        outside = next((token for token in prompt if not 0 <= token < vocab_size), None)
+        if outside is not None:
+            raise UserError(
+                f"prompt {row + 1}: token id {outside} is outside the vocabulary of {vocab_size}; "
+                "use ids of this bundle's tokenizer"
             )

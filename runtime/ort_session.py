@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -133,11 +134,13 @@ class OrtSession:
 
 
 def import_onnxruntime() -> ModuleType:
-    """The onnxruntime module.
+    """The onnxruntime module, imported without its telemetry unless the user has said otherwise.
 
     Raises:
         UserError: it is not installed; names both extras.
     """
+    # Else its import writes a device id and an event database into the user's cache directory, to be sent home.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:

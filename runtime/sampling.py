@@ -19,12 +19,16 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 
+COLDEST = 1e-5
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely token and ignores the rest but the penalty.
+        temperature: divides the logits; 0 takes the most likely token and ignores the rest but the penalty, and so
+            does anything below COLDEST, where the quotients leave float32.
         top_k: only the k most likely tokens (and ties with the last); 0 for all.
         top_p: only the most likely tokens whose probabilities reach this sum; 1 for all.
         min_p: only tokens at least this fraction as likely as the most likely; 0 for all.
@@ -114,7 +118,7 @@ class Sampler:
 
     def _draw(self, logits: Floats) -> int:
         scores = penalise(logits, self._seen, self._sampling.repetition_penalty)
-        if self._sampling.temperature == 0:
+        if self._sampling.temperature < COLDEST:
             return int(scores.argmax())
         tokens, scores = candidates(scores, self._sampling)
         mass = np.cumsum(_softmax(scores), dtype=np.float64)

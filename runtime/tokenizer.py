@@ -93,7 +93,8 @@ class Tokenizer:
                 f"{self._bundle.path} has no chat template: its checkpoint is not made for chat; "
                 "prompt it with raw text instead"
             )
-        return ChatTemplate(self._bundle.file(CHAT_TEMPLATE))
+        path = self._bundle.file(CHAT_TEMPLATE)
+        return ChatTemplate(path.read_text(encoding="utf-8"), path)
 
     @cached_property
     def _special_tokens(self) -> dict[str, str]:

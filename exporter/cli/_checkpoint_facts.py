@@ -81,14 +81,14 @@ def read_header(path: Path) -> list[tuple[str, int]]:
 
 
 def _weight_files(path: Path) -> list[str]:
+    if (path / SINGLE).is_file():  # where there is an index too, this is the one that counts
+        return [SINGLE]
     if (path / INDEX).is_file():
         weights = _read_object(path / INDEX).get("weight_map")
         names = set(weights.values()) if isinstance(weights, dict) else {None}
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise UserError(f"{path / INDEX} has no weight_map of files beside it; download it again")
         return sorted(map(str, names))
-    if (path / SINGLE).is_file():
-        return [SINGLE]
     raise UserError(f"{path} has neither {SINGLE} nor {INDEX}; convert the checkpoint to safetensors")
 
 

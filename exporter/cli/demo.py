@@ -19,7 +19,8 @@ PROMPT = "Complete the paragraph: our solar system is"
 
 @click.command()
 @click.argument("bundle", type=PATH, required=False)
-def demo(bundle: Path | None) -> None:
+@click.option("--force", is_flag=True, help="Replace the bundle that is there (nothing but a bundle).")
+def demo(bundle: Path | None, force: bool) -> None:
     """Export, check and run the small Nemotron that comes along.
 
     The bundle is temporary unless BUNDLE says where to keep it.
@@ -35,8 +36,7 @@ def demo(bundle: Path | None) -> None:
     with _destination(bundle) as destination, writing(destination):
         click.echo(f"{click.style('export', bold=True)} {checkpoint}")
         with stages() as progress:
-            # A bundle of the demo's own may be replaced: that is what running the demo twice means.
-            result = export(checkpoint, destination, ExportOptions(force=destination.exists()), progress)
+            result = export(checkpoint, destination, ExportOptions(force=force), progress)
         print_export(result)
         click.echo(click.style(f"\n{PROMPT}", bold=True), nl=False)
         generation = load(destination).stream(PROMPT, max_new_tokens=160, greedy=True)
@@ -64,16 +64,11 @@ def embedded_checkpoint() -> Path:
 
 @contextmanager
 def _destination(bundle: Path | None) -> Iterator[Path]:
-    """Where the bundle goes: the given place if it is free or holds an earlier demo, else a temporary one."""
+    """Where the bundle goes: the given place, or a temporary one."""
     import tempfile
 
-    from runtime.errors import UserError
-    from runtime.manifest import MANIFEST, Manifest
-
-    if bundle is None:
-        with tempfile.TemporaryDirectory(prefix="nemotron-export-demo-") as directory:
-            yield Path(directory) / NAME
+    if bundle is not None:
+        yield bundle
         return
-    if (bundle / MANIFEST).is_file() and (source := Manifest.load(bundle).source.name) != NAME:
-        raise UserError(f"{bundle} is a bundle of {source}, not the demo's; choose another place")
-    yield bundle
+    with tempfile.TemporaryDirectory(prefix="nemotron-export-demo-") as directory:
+        yield Path(directory) / NAME

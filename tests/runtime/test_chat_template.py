@@ -15,9 +15,7 @@ CHAT = [
 
 
 def template(tmp_path: Path, text: str) -> ChatTemplate:
-    path = tmp_path / "chat_template.jinja"
-    path.write_text(text, encoding="utf-8")
-    return ChatTemplate(path)
+    return ChatTemplate(text, tmp_path / "chat_template.jinja")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Opening a session: what is refused, and what happens on a GPU as far as a CPU can tell."""
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -118,3 +120,10 @@ def test_a_cuda_provider_that_does_not_start_is_named(
     monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda _: ["CPUExecutionProvider"])
     with pytest.raises(UserError, match=r"CUDAExecutionProvider did not start .* or use --device cpu"):
         OrtSession(Bundle.open(bundle_dir), device="cuda")
+
+
+def test_loading_a_bundle_leaves_no_telemetry_behind(bundle_dir: Path, tmp_path: Path) -> None:
+    code = f"from runtime import load; load({str(bundle_dir)!r})"
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, "-c", code], check=True, env={**environment, "XDG_CACHE_HOME": str(tmp_path)})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["nemotron-export"]

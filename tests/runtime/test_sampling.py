@@ -87,6 +87,12 @@ def test_temperature_zero_takes_the_most_likely_token_after_the_penalty() -> Non
     assert Sampler(Sampling(repetition_penalty=1.2), [0]).choose(logits) == 1
 
 
+def test_a_temperature_too_small_to_divide_by_is_greedy() -> None:
+    logits = np.array([20.0, 19.9, -10.0], np.float32)
+    sampling = Sampling(temperature=1e-40, top_k=3, top_p=0.9, min_p=0.1, seed=0)
+    assert Sampler(sampling, [0]).choose(logits) == 0
+
+
 def test_a_generated_token_is_penalised_from_then_on() -> None:
     logits = np.array([2.0, 1.9, 1.8], np.float32)
     sampler = Sampler(Sampling(repetition_penalty=1.5), [])

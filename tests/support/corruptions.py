@@ -65,12 +65,14 @@ def wrong_epsilon(model: onnx.ModelProto) -> None:
 
 
 def causal_off_by_one(model: onnx.ModelProto) -> None:
-    """Every row's last valid key is taken to be one further on."""
+    """Every row's last valid key is taken to be one earlier."""
     attention = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
     producers = {output: node for node in model.graph.node for output in node.output}
-    cast = producers[attention.input[5]]
-    subtract = producers[cast.input[0]]
-    cast.input[0] = subtract.input[0]
+    subtract = producers[producers[attention.input[5]].input[0]]
+    model.graph.initializer.append(numpy_helper.from_array(np.array(2), "two"))
+    subtract_two = onnx.helper.make_node("Sub", [subtract.input[0], "two"], ["last_key_but_one"])
+    producers[attention.input[5]].input[0] = subtract_two.output[0]
+    model.graph.node.insert(list(model.graph.node).index(subtract) + 1, subtract_two)
 
 
 ALL = (drop_plus_one, rotate_all_dimensions, wrong_epsilon, causal_off_by_one)

@@ -54,9 +54,14 @@ def float32(tensor: Stored) -> np.ndarray:
     return np.frombuffer(content, {"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32).reshape(shape)
 
 
-def from_float32(values: np.ndarray, dtype: str = "F32") -> Stored:
+def values(checkpoint: Path) -> dict[str, np.ndarray]:
+    """The values of every tensor of a single-file checkpoint."""
+    return {name: float32(tensor) for name, tensor in read(checkpoint / "model.safetensors").items()}
+
+
+def from_float32(array: np.ndarray, dtype: str = "F32") -> Stored:
     """A tensor to write; BF16 by cutting off the lower half."""
-    array = np.asarray(values, np.float32)
+    array = np.asarray(array, np.float32)
     if dtype == "BF16":
         return dtype, list(array.shape), (array.view(np.uint32) >> 16).astype("<u2").tobytes()
     return dtype, list(array.shape), array.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -57,17 +56,10 @@ def test_nothing_is_left_behind_unless_a_place_is_given(cli, exporter, tmp_path)
     assert f"nemotron-export chat {tmp_path / 'kept'}" in outcome.out
 
 
-def test_the_demo_works_twice_in_a_row_in_one_place(cli, exporter, tmp_path):
-    assert [cli("demo", tmp_path / "kept").code for _ in range(2)] == [0, 0]
+def test_a_bundle_that_is_there_is_replaced_only_when_asked(cli, exporter, tmp_path):
+    cli("demo", tmp_path / "kept")
+    cli("demo", tmp_path / "kept", "--force")
     assert [options["force"] for _, _, options in exporter] == [False, True]
-
-
-def test_a_bundle_of_another_model_is_not_replaced(cli, exporter, tmp_path):
-    manifest("Nemotron-4-340B").save(tmp_path)
-    outcome = cli("demo", tmp_path)
-    assert (outcome.code, exporter) == (2, [])
-    assert "Nemotron-4-340B" in outcome.err
-    assert json.loads((tmp_path / "manifest.json").read_text())["source"]["name"] == "Nemotron-4-340B"
 
 
 def test_an_installed_package_brings_its_own_checkpoint(tmp_path, monkeypatch):
@@ -88,8 +80,8 @@ def test_an_installation_without_the_checkpoint_says_so(cli, exporter, tmp_path,
 
 @pytest.mark.slow
 def test_the_whole_demo_twice_in_one_place(process, tmp_path):
-    for _ in range(2):
-        outcome: subprocess.CompletedProcess[str] = process("demo", tmp_path / "kept")
+    for options in ([], ["--force"]):
+        outcome: subprocess.CompletedProcess[str] = process("demo", tmp_path / "kept", *options)
         assert outcome.returncode == 0, outcome.stderr
         assert "our solar system is the " in outcome.stdout
         assert "Warning" not in outcome.stderr
