@@ -74,6 +74,7 @@ class EvaluatedSession:
         self.backend, self.version, self.device = backend, version, cpu_name()
         self.choice = ""
         self.max_slots: int | None = None
+        self.max_capacity = bundle.manifest.max_length
         self.vocab_size = bundle.vocab_size
         self.non_finite: list[str] = []
         self._bundle = bundle
