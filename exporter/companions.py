@@ -50,8 +50,8 @@ def check_companions(checkpoint: Checkpoint) -> None:
     genai_config(checkpoint.spec, _generation_defaults(checkpoint), checkpoint.spec.max_positions)
 
 
-def write_companions(checkpoint: Checkpoint, directory: Path, max_length: int) -> None:
-    """Copy or write everything a runtime needs beside model.onnx into `directory`."""
+def write_companions(checkpoint: Checkpoint, directory: Path) -> None:
+    """Copy or write everything our runtime needs beside model.onnx into `directory`."""
     for name in (CONFIG, TOKENIZER, TOKENIZER_CONFIG):
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
@@ -60,7 +60,12 @@ def write_companions(checkpoint: Checkpoint, directory: Path, max_length: int) -
     template = _chat_template(checkpoint.path)
     if template is not None:
         (directory / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
-    _write_json(directory / GENAI_CONFIG, genai_config(checkpoint.spec, generation, max_length))
+
+
+def write_genai_config(checkpoint: Checkpoint, directory: Path, max_length: int) -> None:
+    """Write what onnxruntime-genai needs to run the bundle's directory, whose graph has target `onnxruntime`."""
+    config = genai_config(checkpoint.spec, _generation_defaults(checkpoint), max_length)
+    _write_json(directory / GENAI_CONFIG, config)
 
 
 def genai_config(spec: NemotronSpec, generation: dict[str, Any], max_length: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from exporter import __version__, passes
 from exporter.checkpoint import Checkpoint
-from exporter.companions import check_companions, write_companions
+from exporter.companions import check_companions, write_companions, write_genai_config
 from exporter.lowering import TARGETS, Target, lower
 from exporter.passes.base import PassReport
 from exporter.staging import check_destination, staged
@@ -112,7 +112,9 @@ def export(
             data = directory / f"{MODEL}.data"
             write_weights(model, checkpoint, data, lambda done: progress("weights", min(done, total), total))
             ir.save(model, directory / MODEL)
-            write_companions(checkpoint, directory, options.max_length)
+            write_companions(checkpoint, directory)
+            if options.target == "onnxruntime":
+                write_genai_config(checkpoint, directory, options.max_length)
             manifest = _manifest(directory, checkpoint, options, model, target, reports)
             manifest.save(directory)
         if options.verify:
@@ -204,6 +206,7 @@ def _gate(directory: Path, checkpoint: Checkpoint, manifest: Manifest, progress:
             f"failed, {worst.name} of {worst.case} first ({worst.metric} {worst.value}, limit {worst.limit:.1e}); "
             "no bundle was written"
         )
+    assert result.golden is not None
     result.golden.save(directory / GOLDEN)
     manifest = replace(manifest, parity=result.parity, files=describe_files(directory))
     manifest.save(directory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -37,25 +37,33 @@ class Forward:
         return all(bool(np.isfinite(array).all()) for array in (self.logits, self.keys, self.values))
 
 
+@dataclass(frozen=True)
+class Row:
+    """What a forward pass runs: token ids, after a cache of per layer rotated key and value.
+
+    Attributes:
+        tokens: the new token ids.
+        past: per layer key and value, float32 [kv_heads, past, head_dim]; empty for none.
+    """
+
+    tokens: Sequence[int]
+    past: Cache = field(default_factory=list)
+
+
 class Reference:
-    """transformers' NemotronForCausalLM on the checkpoint's weights; each dtype is loaded when first asked for."""
+    """transformers' NemotronForCausalLM on the checkpoint's weights."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._path = checkpoint.path
         self._config = type(checkpoint.spec.config).from_dict(checkpoint.spec.config.to_dict())
-        self._models: dict[torch.dtype, NemotronForCausalLM] = {}
 
-    def forward(self, tokens: Sequence[int], past: Cache | None = None, dtype: torch.dtype = torch.float32) -> Forward:
-        """Run one row of tokens, after a given cache of rotated keys and values.
+    def forwards(self, rows: Sequence[Row], dtype: torch.dtype = torch.float32) -> list[Forward]:
+        """Run rows one by one, with weights, activations and cache in this dtype.
 
-        Args:
-            tokens: the row's token ids.
-            past: per layer key and value, float32 [kv_heads, past, head_dim].
-            dtype: of weights, activations and cache.
+        The model is in memory within this call alone: two dtypes at once would be the gate's largest need.
         """
-        if dtype not in self._models:
-            self._models[dtype] = self._load(dtype)
-        return self._run(self._models[dtype], tokens, past or [])
+        model = self._load(dtype)
+        return [self._run(model, row) for row in rows]
 
     def _load(self, dtype: torch.dtype) -> NemotronForCausalLM:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -68,14 +76,14 @@ class Reference:
             use_safetensors=True,
         )
 
-    def _run(self, model: NemotronForCausalLM, tokens: Sequence[int], past: Cache) -> Forward:
+    def _run(self, model: NemotronForCausalLM, row: Row) -> Forward:
         cache = DynamicCache(config=self._config)
-        for layer, pair in enumerate(past):
+        for layer, pair in enumerate(row.past):
             key, value = (torch.from_numpy(array)[None].to(model.dtype) for array in pair)
             cache.update(key, value, layer)
         with torch.no_grad():
-            output = model(torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True)
-        new = slice(-len(tokens), None)
+            output = model(torch.tensor([list(row.tokens)]), past_key_values=cache, use_cache=True)
+        new = slice(-len(row.tokens), None)
         layers = cached_layers(cache)
         keys = torch.stack([layer.keys[0, :, new] for layer in layers if layer.keys is not None])
         values = torch.stack([layer.values[0, :, new] for layer in layers if layer.values is not None])

@@ -7,7 +7,7 @@ capacity, a chunk, single tokens, and the last positions of the capacity after a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from exporter.checkpoint import Checkpoint
 from exporter.evaluate.session import EvaluatedSession, evaluate_graph, evaluate_network
 from exporter.reference import Floats as Floats64
-from exporter.reference import Forward, Reference
+from exporter.reference import Forward, Reference, Row
 from exporter.yardstick import LIMIT, Expected, Ledger, Yardstick, compare
 from runtime.bundle import Bundle
-from runtime.errors import UserError
+from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden, GoldenStep
 from runtime.manifest import Comparison, Parity
 from runtime.ort_session import OrtSession
@@ -30,6 +30,7 @@ from runtime.tokenizer import Tokenizer
 NEAR_TIE = 1e-3  # a greedy token may differ where the reference's two best logits are closer than this
 NON_FINITE = "non_finite"  # the metric of an evaluation's edges that are none
 NO_LIMIT = 1e9  # of what is only counted
+END = "end of capacity"
 DECODE_STEPS = 32
 GOLDEN_DECODE_STEPS = 4
 SENTENCE = "The solar system consists of the Sun and the planets, moons, comets and asteroids that orbit it."
@@ -58,10 +59,10 @@ class CachedSession(Session, Protocol):
 
 @dataclass(frozen=True)
 class GateResult:
-    """What the gate compared, and the golden cases for the bundle."""
+    """What the gate compared, and the golden cases for the bundle; none where its graph did not run."""
 
     parity: Parity
-    golden: Golden
+    golden: Golden | None
 
 
 @dataclass(frozen=True)
@@ -114,15 +115,18 @@ def run_gate(
     precision. The same steps on a device that rounds as often differ by no more.
     """
     _check_same_shape(bundle, checkpoint)
-    precision = bundle.manifest.precision
-    yardstick = Yardstick(Reference(checkpoint), precision)
-    ledger = Ledger(precision)
-    total = 2 + DECODE_STEPS
-
-    steps, rows = _run_rows(
-        session, _prompts(bundle), bundle.manifest.max_length, lambda n: progress("verify", n, total)
-    )
-    expected = [yardstick.forward(row) for row in rows.tokens]
+    precision, total = bundle.manifest.precision, 2 + DECODE_STEPS
+    evaluated_by = f"{session.backend} {session.version}"
+    try:
+        steps, rows = _run_rows(
+            session, _prompts(bundle), bundle.manifest.max_length, lambda n: progress("verify", n, total)
+        )
+        end = _run_end_of_capacity(session, bundle)
+    except CheckFailed as refusal:  # the graph is so wrong that the backend does not run it
+        refused = replace(compare("logits", "all", "refused", np.nan, 0.0), extra={"reason": str(refusal)})
+        return GateResult(Parity(evaluated_by=evaluated_by, passed=False, comparisons=(refused,)), None)
+    forwards = Yardstick(Reference(checkpoint), precision).forwards([*map(Row, rows.tokens), end.row])
+    expected, ledger = forwards[:-1], Ledger(precision)
     for step in steps:
         for row, slot in enumerate(step.slots):
             at = step.positions[row]
@@ -131,18 +135,17 @@ def run_gate(
         length = len(rows.tokens[slot])
         ledger.add("present", "decode", rows.keys[slot][:, :, :length], whole, lambda forward: forward.keys)
         ledger.add("present", "decode", rows.values[slot][:, :, :length], whole, lambda forward: forward.values)
-    _check_end_of_capacity(session, yardstick, bundle, ledger)
+    ledger.add("logits", END, end.logits, forwards[-1], lambda forward: forward.logits)
+    ledger.add("present", END, end.keys, forwards[-1], lambda forward: forward.keys)
+    ledger.add("present", END, end.values, forwards[-1], lambda forward: forward.values)
     progress("verify", total, total)
 
     limits = ledger.comparisons()
-    comparisons = [*_check_finite(session), *limits, *_compare_greedy(steps, expected, precision)]
-    parity = Parity(
-        evaluated_by=f"{session.backend} {session.version}",
-        passed=all(comparison.passed for comparison in comparisons),
-        comparisons=tuple(comparisons),
-    )
+    comparisons = (*_check_finite(session), *limits, *_compare_greedy(steps, expected, precision))
+    passed = all(comparison.passed for comparison in comparisons)
     limit = max(found.limit for found in limits if (found.name, found.metric) == ("logits", "max_abs"))
-    return GateResult(parity, _golden(steps, expected, rows.capacity, limit))
+    golden = _golden(steps, expected, rows.capacity, limit)
+    return GateResult(Parity(evaluated_by=evaluated_by, passed=passed, comparisons=comparisons), golden)
 
 
 def _logits_at(positions: Ints) -> Callable[[Forward], Floats64]:
@@ -204,7 +207,17 @@ def _run_rows(
     return steps, _Rows(capacity, rows, list(keys), list(values))
 
 
-def _check_end_of_capacity(loaded: CachedSession, yardstick: Yardstick, bundle: Bundle, ledger: Ledger) -> None:
+@dataclass(frozen=True)
+class _End:
+    """The last positions of the capacity: what ran, and the logits, keys and values it gave."""
+
+    row: Row
+    logits: Floats
+    keys: Floats
+    values: Floats
+
+
+def _run_end_of_capacity(loaded: CachedSession, bundle: Bundle) -> _End:
     """Fill all but the last positions of the capacity with random keys and values; then a chunk and a last token."""
     capacity = bundle.manifest.max_length
     count = min(8, max(1, capacity // 2))
@@ -225,13 +238,9 @@ def _check_end_of_capacity(loaded: CachedSession, yardstick: Yardstick, bundle: 
         if len(chunk):
             length = np.array([len(chunk)])
             logits.append(session.step(chunk[None], length, np.array([start]), keep=len(chunk))[0])
-    expected = yardstick.forward([int(token) for token in tokens], seeded)
-    case = "end of capacity"
-    ledger.add("logits", case, np.concatenate(logits), expected, lambda forward: forward.logits)
     caches = [session.cache.read(layer) for layer in range(geometry.layers)]
     keys, values = (np.stack([pair[i][0, :, past:] for pair in caches]) for i in (0, 1))
-    ledger.add("present", case, keys, expected, lambda forward: forward.keys)
-    ledger.add("present", case, values, expected, lambda forward: forward.values)
+    return _End(Row(tokens.tolist(), seeded), np.concatenate(logits), keys, values)
 
 
 def _compare_greedy(steps: Sequence[_Step], expected: Sequence[Expected], precision: str) -> list[Comparison]:

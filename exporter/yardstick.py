@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporter.reference import Cache, Forward, Reference
+from exporter.reference import Forward, Reference, Row
 from runtime.manifest import Comparison
 
 LIMIT = 1e-4  # of |Δ| in fp32, unless the reference itself is further than a third of it from fp64
@@ -40,13 +40,13 @@ class Yardstick:
         self._reference = reference
         self._dtype = _YARDSTICKS[precision]
 
-    def forward(self, tokens: Sequence[int], past: Cache | None = None) -> Expected:
-        """Run one row, after a given cache; where transformers in fp16 is not finite, bf16 is the yardstick."""
-        exact = self._reference.forward(tokens, past)
-        yardstick = self._reference.forward(tokens, past, self._dtype)
-        if self._dtype == torch.float16 and not yardstick.finite:
-            yardstick = self._reference.forward(tokens, past, torch.bfloat16)
-        return Expected(exact, yardstick)
+    def forwards(self, rows: Sequence[Row]) -> list[Expected]:
+        """Run rows; where transformers in fp16 is not finite on any, bf16 is the yardstick of all."""
+        exact = self._reference.forwards(rows)
+        yardstick = self._reference.forwards(rows, self._dtype)
+        if self._dtype == torch.float16 and not all(forward.finite for forward in yardstick):
+            yardstick = self._reference.forwards(rows, torch.bfloat16)
+        return [Expected(*pair) for pair in zip(exact, yardstick, strict=True)]
 
 
 @dataclass

@@ -26,7 +26,10 @@ from runtime.steps import CONTRACTS, Limits, Step, check_allocation
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, IOBinding
 
-_LOAD_ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented")
+_LOAD_ERRORS = (
+    *("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented"),
+    "RuntimeException",  # no memory, for one
+)
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -105,6 +108,10 @@ class OrtSession:
             self._model.run_with_iobinding(binding)
         except RuntimeError as error:  # what onnxruntime raises when an operator refuses its inputs
             reason = " ".join(str(error).split())[:300]
+            if "allocate memory" in reason or "bad_alloc" in reason:
+                raise UserError(
+                    f"{self.backend} has no memory for a step: {reason}; take fewer or shorter prompts at once"
+                ) from error
             raise CheckFailed(
                 f"{self.backend} cannot run a step of {self._bundle.path}: {reason}; "
                 "run nemotron-export selftest, then copy or export the bundle again"
@@ -168,7 +175,7 @@ def _load_model(ort: ModuleType, bundle: Bundle, device: str, threads: int | Non
         )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 3  # asking for more logits than the declared one draws a warning each step
+    options.log_severity_level = 4  # errors come as exceptions, and are told once
     errors = ort.capi.onnxruntime_pybind11_state
     try:
         model: InferenceSession = ort.InferenceSession(

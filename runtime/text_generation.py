@@ -46,13 +46,17 @@ class Options(TypedDict, total=False):
 
 
 class TextGenerator:
-    """A bundle on a backend. Each call has a cache of its own; the weights are shared."""
+    """A bundle on a backend. Each call has a cache of its own; the weights are shared.
+
+    `remarks` are what a user should know of it: why this backend, and that it was not checked where it was not.
+    """
 
     def __init__(self, bundle: Bundle, session: Session, load_s: float) -> None:
         self.bundle = bundle
         self.tokenizer = Tokenizer(bundle)
         self.backend = session.backend
-        self.choice = session.choice
+        unchecked = f"{bundle.path} was exported without the parity gate: nothing says it is the checkpoint's model"
+        self.remarks = [text for text in (session.choice, "" if bundle.manifest.parity else unchecked) if text]
         self.max_length = session.max_capacity
         self._session = session
         self._load_s = load_s

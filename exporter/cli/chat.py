@@ -46,8 +46,8 @@ def chat(bundle: Path, system: str | None, backend: str, device: str | None, thr
     if not Bundle.open(bundle).has(CHAT_TEMPLATE):  # better known before the weights are loaded
         raise UserError(f"{bundle} has no chat template; use nemotron-export generate")
     model = load(bundle, backend=backend, device=device, threads=threads)
-    if model.choice:
-        note(model.choice)
+    for remark in model.remarks:
+        note(remark)
     Conversation(model, opening, options).run()
 
 

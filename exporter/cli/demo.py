@@ -34,7 +34,8 @@ def demo(bundle: Path | None, force: bool) -> None:
 
     checkpoint = embedded_checkpoint()
     with _destination(bundle) as destination, writing(destination):
-        click.echo(f"{click.style('export', bold=True)} {checkpoint}")
+        here = checkpoint.is_relative_to(Path.cwd())
+        click.echo(f"{click.style('export', bold=True)} {checkpoint.relative_to(Path.cwd()) if here else checkpoint}")
         with stages() as progress:
             result = export(checkpoint, destination, ExportOptions(force=force), progress)
         print_export(result)

@@ -92,8 +92,8 @@ def generate(
     if chat:
         batch = [model.encode_chat([{"role": "user", "content": text}]) for text in texts]
     generation = model.stream(batch, **options)
-    if model.choice and not as_json:
-        note(model.choice)
+    for remark in model.remarks:
+        note(remark)
     if as_json:
         emit_json(generation.result().to_json())
     elif len(batch) == 1:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import NemotronConfig, PreTrainedTokenizerFast
 
 from exporter.checkpoint import Checkpoint
-from exporter.companions import check_companions, genai_config, write_companions
+from exporter.companions import check_companions, genai_config, write_companions, write_genai_config
 from runtime.errors import UserError
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
@@ -29,7 +29,8 @@ def written(path: Path, target: Path, max_length: int = 64) -> Path:
     target.mkdir()
     checkpoint = Checkpoint.open(path)
     check_companions(checkpoint)
-    write_companions(checkpoint, target, max_length)
+    write_companions(checkpoint, target)
+    write_genai_config(checkpoint, target, max_length)
     return target
 
 

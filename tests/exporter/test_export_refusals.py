@@ -261,8 +261,8 @@ def test_a_file_that_does_not_fit_is_told_with_the_place_that_is_full(
 def test_a_wrong_weight_recipe_leaves_no_bundle_and_the_old_one(old: Path, small_checkpoint, monkeypatch) -> None:
     right = Recipe.apply
 
-    def without_the_one(self: Recipe, tensor: torch.Tensor) -> torch.Tensor:
-        return right(Recipe(self.tensor, transposed=self.transposed), tensor)
+    def without_the_one(self: Recipe, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return right(Recipe(self.tensor, transposed=self.transposed), tensor, dtype)
 
     monkeypatch.setattr(Recipe, "apply", without_the_one)
     before = snapshot(old.parent)

@@ -21,7 +21,7 @@ def graph_with(name: str, shape: tuple[int, ...]) -> tuple[ir.Graph, ir.Value]:
 def test_the_one_is_added_in_fp32_not_in_the_checkpoints_sixteen_bits(dtype: torch.dtype) -> None:
     stored = (torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 0.1).to(dtype)
     expected = stored.double().numpy() + 1.0  # exact: 53 bits hold any 16-bit float and the one
-    added = Recipe("w", plus_one=True).apply(stored)
+    added = Recipe("w", plus_one=True).apply(stored, torch.float32)
     assert added.dtype == torch.float32
     np.testing.assert_array_equal(added.numpy(), expected.astype(np.float32))
     assert np.abs((stored + 1).double().numpy() - expected).max() > 1e-4  # what adding first would have lost
@@ -29,12 +29,23 @@ def test_the_one_is_added_in_fp32_not_in_the_checkpoints_sixteen_bits(dtype: tor
 
 def test_a_weight_without_flags_keeps_its_values() -> None:
     stored = torch.randn(3, 5).bfloat16()
-    np.testing.assert_array_equal(Recipe("w").apply(stored).numpy(), stored.double().numpy().astype(np.float32))
+    np.testing.assert_array_equal(
+        Recipe("w").apply(stored, torch.float32).numpy(), stored.double().numpy().astype(np.float32)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_in_sixteen_bits_is_rounded_once(dtype: torch.dtype) -> None:
+    stored = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 0.1
+    written = Recipe("w", plus_one=True).apply(stored, dtype)
+    assert written.dtype == dtype
+    assert torch.equal(written, (stored.double() + 1).float().to(dtype))
+    assert torch.equal(Recipe("w").apply(stored, dtype), stored.to(dtype))
 
 
 def test_a_transposed_weight_lies_in_memory_as_it_is_written() -> None:
     stored = torch.arange(15, dtype=torch.float32).reshape(3, 5)
-    result = Recipe("w", transposed=True).apply(stored)
+    result = Recipe("w", transposed=True).apply(stored, torch.float32)
     assert result.is_contiguous()
     assert result.numpy().tobytes() == np.ascontiguousarray(np.arange(15, dtype=np.float32).reshape(3, 5).T).tobytes()
 
@@ -46,7 +57,7 @@ def test_the_shape_asked_of_the_checkpoint_is_the_one_before_the_transposition()
 
 def test_applying_a_recipe_does_not_change_the_tensor_it_is_given() -> None:
     stored = torch.zeros(4)
-    Recipe("w", plus_one=True).apply(stored)
+    Recipe("w", plus_one=True).apply(stored, torch.float32)
     assert stored.tolist() == [0, 0, 0, 0]
 
 

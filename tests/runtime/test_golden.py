@@ -170,5 +170,16 @@ def test_a_damaged_case_file_is_named(tmp_path: Path, content: bytes) -> None:
 def test_a_case_file_that_holds_pickles_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "golden.npz"
     np.savez(path, schema=np.array({"a": 1}, dtype=object))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is damaged; copy or export"):
         Golden.load(path)
+
+
+def test_a_file_that_changed_fails_the_selftest_without_being_run(bundle_copy: Path) -> None:
+    """Of the same size, so that opening the bundle sees nothing; the graph is no longer one that loads."""
+    model = bundle_copy / "model.onnx"
+    content = bytearray(model.read_bytes())
+    content[100:300] = bytes(200)
+    model.write_bytes(content)
+    result = selftest(bundle_copy)
+    assert not result.passed
+    assert [comparison.name for comparison in result.comparisons if not comparison.passed] == ["model.onnx"]

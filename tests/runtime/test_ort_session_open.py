@@ -60,6 +60,11 @@ def test_without_onnxruntime_both_extras_are_named(bundle_dir: Path, monkeypatch
 def test_without_its_cuda_provider_the_extra_is_named(bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(UserError, match=r"no CUDAExecutionProvider; .*'nemotron-export\[gpu\]', or use --device cpu"):
+        OrtSession(Bundle.open(bundle_dir), device="cuda")
+
+
+def test_fp32_attention_does_not_silently_leave_the_gpu(bundle_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"CUDA takes 16 bit only: .* use --device cpu"):
         open_session(bundle_dir, device="cuda")
 
 

@@ -122,3 +122,8 @@ def test_bad_input_is_one_line_that_names_it(
     with pytest.raises(UserError, match=message) as error:
         model.generate(prompts, **options)
     assert "\n" not in str(error.value)
+
+
+def test_a_bundle_that_nobody_checked_says_so(bundle_dir: Path, tiny_bundle: Path) -> None:
+    assert "exported without the parity gate" in load(bundle_dir).remarks[0]
+    assert load(tiny_bundle).remarks == []

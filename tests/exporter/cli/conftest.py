@@ -59,7 +59,7 @@ class FakeModel:
     answers: list[Any] = field(default_factory=list)
     max_length: int = 100
     template: bool = True
-    choice: str = ""
+    remarks: tuple[str, ...] = ()
     prompts: list[Any] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     loaded: dict[str, Any] = field(default_factory=dict)

@@ -139,7 +139,7 @@ def test_text_a_terminal_cannot_show_does_not_end_the_program(tmp_path):
     script = (
         "import sys, runtime; from types import SimpleNamespace as N; from exporter.cli import main;"
         "from exporter.cli import generate;"
-        "runtime.load = lambda *a, **o: N(choice='', stream=lambda *a, **o: []);"
+        "runtime.load = lambda *a, **o: N(remarks=[], stream=lambda *a, **o: []);"
         "sys.modules['exporter.cli.generate'].stream_text = lambda g: print('\\U0001fa90 ring');"
         "sys.modules['exporter.cli.generate'].summary = lambda r: '';"
         "sys.argv = ['n', 'generate', 'b', '-p', 'x', '--max-new-tokens', '1']; main()"
