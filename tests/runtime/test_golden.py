@@ -163,7 +163,7 @@ def test_a_bundle_exported_without_the_gate_loads_but_has_no_selftest(bundle_cop
 def test_a_damaged_case_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "golden.npz"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"golden\.npz cannot be read"):
+    with pytest.raises(UserError, match=r"golden\.npz is damaged"):
         Golden.load(path)
 
 
