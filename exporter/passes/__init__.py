@@ -33,7 +33,7 @@ def pipeline(
         RequestedLogits(),
         SquareRelu(spec.layers if spec.activation == "relu2" else 0),
         FoldWeightTransposes(),
-        SetPrecision(precision),
+        *([SetPrecision(precision)] if precision != "fp32" else []),
         CleanUp(),
     ]
 
