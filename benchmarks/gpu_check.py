@@ -57,9 +57,12 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Nothing that was compared differs."""
-        right = self.causality_error is None or self.causality_error <= TOLERANCE[self.precision]
-        return right and not self.failure and all(row["passed"] for row in self.golden)
+        """Something was compared, and nothing of it differs; in 16 bit greedy tokens may."""
+        if self.failure or self.causality_error is None or self.causality_error > TOLERANCE[self.precision]:
+            return False
+        equal, _, all_of_them = self.greedy_equal.partition("/")
+        greedy = self.precision != "fp32" or not all_of_them or equal == all_of_them
+        return greedy and all(row["passed"] for row in self.golden)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,13 +98,12 @@ def prepared(given: Sequence[Path], scratch: Path) -> Iterator[Path]:
                 continue
             try:
                 import_tensorrt(flavor)
-            except UserError as error:
-                print(f"skipped: {flavor} ({error})", file=sys.stderr)
-                continue
-            from exporter.engine import build
-            from exporter.engine_options import BuildOptions
+                from exporter.engine import build
+                from exporter.engine_options import BuildOptions
 
-            build(copy, BuildOptions(flavor=flavor, max_seq_len=min(512, manifest.max_length)))
+                build(copy, BuildOptions(flavor=flavor, max_seq_len=min(512, manifest.max_length)))
+            except UserError as error:
+                print(f"skipped: {flavor} for {path.name} ({error})", file=sys.stderr)
         yield copy
 
 
@@ -123,7 +125,9 @@ def backends(path: Path) -> list[str]:
         import onnxruntime
     except ImportError:
         return found
-    cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and manifest.precision != "bf16"
+    # Neither bf16 everywhere nor fp32 attention on CUDA has kernels.
+    runs = manifest.precision == "fp16" or (manifest.precision == "fp32" and manifest.target == "tensorrt")
+    cuda = runs and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     return [*found, *(["onnxruntime"] if cuda else [])]
 
 
@@ -140,13 +144,21 @@ def check(path: Path, backend: str, bandwidth: float) -> Result:
             result.golden = [row.to_json() for row in replay(session, Golden.load(bundle.file(GOLDEN)))]
         result.greedy_equal = compare_greedy(bundle, session)
         result.prefill_ms, result.decode_ms = times(session)
-        weights = sum(
-            record.bytes for name, record in bundle.manifest.files.items() if name.startswith(f"{MODEL}.data")
-        )
-        result.roofline_ms = 1e3 * weights / bandwidth
+        result.roofline_ms = 1e3 * bytes_per_step(bundle, session) / bandwidth
     except UserError as error:
         result.failure = str(error)
     return result
+
+
+def bytes_per_step(bundle: Bundle, session: Session) -> int:
+    """What a decode step of one row reads: the weights but the embedding, of which it gathers a row, and the cache."""
+    files, geometry = bundle.manifest.files, bundle.cache_geometry
+    item = 4 if bundle.manifest.precision == "fp32" else 2
+    weights = sum(record.bytes for name, record in files.items() if name.startswith(f"{MODEL}.data"))
+    tied = bool(bundle.config.get("tie_word_embeddings"))
+    embedding = 0 if tied else bundle.vocab_size * int(bundle.config["hidden_size"]) * item
+    cache = geometry.layers * 2 * geometry.kv_heads * session.max_capacity * geometry.head_dim * item
+    return weights - embedding + cache
 
 
 def causality_error(loaded: Session) -> float:
@@ -189,8 +201,13 @@ def greedy(loaded: Session) -> list[int]:
 
 def times(loaded: Session) -> tuple[float, float]:
     """Milliseconds of a prefill and of a decode step, batch 1: medians, logits on the host included."""
-    session = loaded.reopen(slots=1, capacity=PREFILL_TOKENS + 72)
-    prompt = np.full((1, PREFILL_TOKENS), 5)
+    length = min(PREFILL_TOKENS, loaded.max_capacity - 64)
+    if length < 1:
+        raise UserError(
+            f"a capacity of {loaded.max_capacity} tokens is too small to time 64 decode steps; build larger"
+        )
+    session = loaded.reopen(slots=1, capacity=length + 64)
+    prompt = np.full((1, length), 5)
     one = np.array([1])
 
     def seconds(work: Any) -> float:
@@ -198,8 +215,8 @@ def times(loaded: Session) -> tuple[float, float]:
         work()
         return time.perf_counter() - started
 
-    prefills = [seconds(lambda: session.step(prompt, one * PREFILL_TOKENS, one - 1)) for _ in range(8)]
-    decodes = [seconds(lambda n=n: session.step(prompt[:, :1], one, one * (PREFILL_TOKENS + n))) for n in range(64)]
+    prefills = [seconds(lambda: session.step(prompt, one * length, one - 1)) for _ in range(8)]
+    decodes = [seconds(lambda n=n: session.step(prompt[:, :1], one, one * (length + n))) for n in range(64)]
     return 1e3 * median(prefills[3:]), 1e3 * median(decodes[8:])
 
 

@@ -18,10 +18,11 @@ from typing import Any
 from exporter.builder import configure, monitor_of
 from exporter.engine_options import BuildOptions, Shapes, check_options, resolve_capabilities, resolve_shapes
 from exporter.network import ParsedNetwork, parse
-from plugins.tensorrt_network import CAUSALITIES, LENGTHS_ASSUMPTION, LOWER_RIGHT
+from plugins.tensorrt_network import CAUSALITIES, LENGTHS_ASSUMPTION, LOWER_RIGHT, SOFTMAX_ASSUMPTION
 from runtime.bundle import Bundle, sha256_of
 from runtime.errors import CheckFailed, UserError
-from runtime.manifest import ENGINES, MODEL, PLAN, Engine, FileRecord, Manifest
+from runtime.golden import Golden
+from runtime.manifest import ENGINES, GOLDEN, MODEL, PLAN, Engine, FileRecord, Manifest
 from runtime.tensorrt_api import Messages, import_tensorrt
 
 Progress = Callable[[str, int, int], None]
@@ -76,7 +77,8 @@ def build(path: Path, options: BuildOptions, progress: Progress = lambda *_: Non
     bundle = Bundle.open(path)
     _check_bundle(bundle, options)
     trt = import_tensorrt(options.flavor)
-    shapes = resolve_shapes(options, bundle.manifest.max_length)
+    needed = Golden.load(bundle.file(GOLDEN)).capacity if bundle.has(GOLDEN) else 1
+    shapes = resolve_shapes(options, bundle.manifest.max_length, needed)
     capabilities = resolve_capabilities(trt, options, bundle.manifest.precision)
     record = _record(bundle, options, shapes, capabilities, str(trt.__version__))
     _check_place(bundle, record, options.force)
@@ -145,7 +147,7 @@ def _record(
         causality=options.causality,
         graph_sha256=bundle.manifest.files[MODEL].sha256,
         flags=options.flags,
-        assumptions=(LENGTHS_ASSUMPTION,) if options.causality == LOWER_RIGHT else (),
+        assumptions=_assumptions(options.causality, bundle.manifest.precision),
     )
 
 
@@ -175,6 +177,12 @@ def _build(
     if options.timing_cache:
         options.timing_cache.write_bytes(config.get_timing_cache().serialize())
     return plan
+
+
+def _assumptions(causality: str, precision: str) -> tuple[str, ...]:
+    """What an engine relies on that NVIDIA's documentation leaves open."""
+    lengths = (LENGTHS_ASSUMPTION,) if causality == LOWER_RIGHT else ()
+    return lengths if precision == "fp32" else (*lengths, SOFTMAX_ASSUMPTION)
 
 
 @contextmanager

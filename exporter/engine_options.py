@@ -84,6 +84,8 @@ def check_options(options: BuildOptions) -> None:
     """
     if options.flavor not in FLAVORS:
         raise UserError(f"unknown flavor {options.flavor!r}; known: {', '.join(FLAVORS)}")
+    if options.timing_cache and not options.timing_cache.absolute().parent.is_dir():
+        raise UserError(f"--timing-cache {options.timing_cache}: its directory does not exist; make it first")
     if options.flavor == "tensorrt":
         return
     refused = {
@@ -98,8 +100,13 @@ def check_options(options: BuildOptions) -> None:
         raise UserError("--strip needs an NVIDIA GPU while building, and none is found here; drop it or build there")
 
 
-def resolve_shapes(options: BuildOptions, max_length: int) -> Shapes:
+def resolve_shapes(options: BuildOptions, max_length: int, needed: int = 1) -> Shapes:
     """The step's largest shapes, with defaults filled in.
+
+    Args:
+        options: what was asked for.
+        max_length: tokens a row of the bundle can have.
+        needed: the capacity that the golden cases take; an engine with less could never prove itself.
 
     Raises:
         UserError: a length beyond the bundle's maximum or the capacity, or a number below 1.
@@ -107,6 +114,8 @@ def resolve_shapes(options: BuildOptions, max_length: int) -> Shapes:
     capacity = min(4096, max_length) if options.max_seq_len is None else options.max_seq_len
     if not 1 <= capacity <= max_length:
         raise UserError(f"--max-seq-len should be within 1..{max_length}, the bundle's max_length; found {capacity}")
+    if capacity < needed:
+        raise UserError(f"--max-seq-len should be at least {needed}, which the golden cases take; found {capacity}")
     input_len = min(1024, capacity) if options.max_input_len is None else options.max_input_len
     if not 1 <= input_len <= capacity:
         raise UserError(f"--max-input-len should be within 1..{capacity}, the --max-seq-len; found {input_len}")

@@ -22,6 +22,10 @@ CAUSALITIES = (LOWER_RIGHT, MASK)
 # it says so in its record, and proves itself by its golden cases on the GPU that first loads it. `mask` does without.
 LENGTHS_ASSUMPTION = "lower-right causality counts from key_value_lengths"
 
+# ONNX takes the softmax of a 16-bit Attention in 16 bit unless `softmax_precision` says otherwise, and the parser
+# refuses that attribute. TensorRT's kernels are taken to compute it in fp32, as transformers and the evaluation do.
+SOFTMAX_ASSUMPTION = "softmax of 16-bit attention is computed in fp32"
+
 # The layers that must come out of the parser, one for each operator of the graph.
 _LAYERS = {
     "attention": ("Attention", "ATTENTION_INPUT"),

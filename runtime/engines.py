@@ -13,7 +13,7 @@ from runtime.manifest import MODEL, Engine
 from runtime.tensorrt_api import FLAVORS, Messages, import_tensorrt
 
 # As the engine's record names them (exporter.engine_options).
-VERSION_COMPATIBLE, STRIPPED = "version-compatible", "strip"
+VERSION_COMPATIBLE, STRIPPED, WEIGHT_STREAMING = "version-compatible", "strip", "weight-streaming"
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ def deserialise(bundle: Bundle, chosen: Chosen, runtime: Any, messages: Messages
         engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         raise UserError(f"{plan} cannot be loaded ({messages.reason()}); {rebuild}")
+    if WEIGHT_STREAMING in record.flags:
+        engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
     if STRIPPED in record.flags:
         refitter = trt.Refitter(engine, runtime.logger)
         parsed = trt.OnnxParserRefitter(refitter, runtime.logger).refit_from_file(str(bundle.file(MODEL)))

@@ -110,7 +110,8 @@ class Engine(Record):
         graph_sha256: of the graph it was built from.
         flags: how it was built beyond its shapes: "weight-streaming", "strip", …
         assumptions: what it relies on that nobody has written down.
-        selftested_on: devices on which the golden cases have passed.
+        selftested_on: devices on which the golden cases are known to have passed. Nothing here fills it: a bundle may
+            be read-only where it runs, and what has passed is remembered in the user's cache directory.
     """
 
     path: str

@@ -116,7 +116,12 @@ def open_session(
         )
     from runtime.ort_session import OrtSession
 
-    session = OrtSession(opened, device=device or "cpu", slots=slots, capacity=capacity, threads=threads)
+    try:
+        session = OrtSession(opened, device=device or "cpu", slots=slots, capacity=capacity, threads=threads)
+    except UserError as error:
+        if not why:
+            raise
+        raise UserError(f"{why}; and ONNX Runtime cannot take over: {error}") from error
     session.choice = f"{session.backend} {session.version}: {why}" if why else ""
     return session
 

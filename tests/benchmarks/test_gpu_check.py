@@ -85,7 +85,7 @@ def test_a_machine_with_a_gpu_gets_its_table_and_its_json(gpu_host, tmp_path, mo
     assert (result["backend"], result["greedy_equal"], result["passed"]) == ("tensorrt", "32/32", True)
     outcome = capsys.readouterr()
     assert "tensorrt 11.4.0.1 fp32: holds: lower-right causality counts from key_value_lengths" in outcome.out
-    assert outcome.err.startswith("skipped: tensorrt-rtx (")
+    assert outcome.err.startswith("skipped: tensorrt-rtx for ")
     assert not [engine for engine in gpu_host.bundle.manifest.engines if engine.flavor != "tensorrt"]  # a copy was used
 
 

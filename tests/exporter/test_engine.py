@@ -21,9 +21,10 @@ from exporter.builder import configure, monitor_of
 from exporter.engine import BuildResult, build
 from exporter.engine_options import MAX_KEPT, BuildOptions, Shapes, resolve_shapes
 from exporter.network import ParsedNetwork, parse
-from plugins.tensorrt_network import CAUSALITIES, LENGTHS_ASSUMPTION, NetworkMismatch
+from plugins.tensorrt_network import CAUSALITIES, LENGTHS_ASSUMPTION, SOFTMAX_ASSUMPTION, NetworkMismatch
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed, UserError
+from runtime.golden import Golden
 from runtime.manifest import Manifest
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx (pip install 'nemotron-export[rtx]')")
@@ -71,7 +72,7 @@ def test_the_engine_is_recorded_with_what_it_was_built_for(built: BuildResult, t
     assert (engine.max_batch_size, engine.max_input_len, engine.max_seq_len) == (2, 64, 256)
     assert (engine.precision, engine.causality, engine.max_kept) == ("fp16", "lower-right", MAX_KEPT)
     assert engine.graph_sha256 == Manifest.load(tensorrt_bundle).files["model.onnx"].sha256
-    assert engine.assumptions == ("lower-right causality counts from key_value_lengths",)
+    assert engine.assumptions == (LENGTHS_ASSUMPTION, SOFTMAX_ASSUMPTION)
     assert engine.selftested_on == ()
 
 
@@ -103,9 +104,9 @@ def test_one_engine_serves_several_capabilities(bundle: Path) -> None:
     assert "-sm80-sm120/" in result.engine.path
 
 
-def test_a_mask_assumes_nothing(bundle: Path) -> None:
+def test_a_mask_assumes_nothing_of_causality(bundle: Path) -> None:
     result = build(bundle, replace(OPTIONS, causality="mask", weight_streaming=True))
-    assert (result.engine.causality, result.engine.assumptions) == ("mask", ())
+    assert (result.engine.causality, result.engine.assumptions) == ("mask", (SOFTMAX_ASSUMPTION,))
     assert result.engine.flags == ("weight-streaming",)
 
 
@@ -126,7 +127,8 @@ def test_16_bit_builds_for_every_capability(
     options = replace(OPTIONS, capabilities=(capability,), causality=causality, max_batch_size=4)
     result = build(Path(bundle), options)
     assert (result.layers, result.warnings) == (LAYERS, ())
-    assert result.engine.assumptions == (() if causality == "mask" else (LENGTHS_ASSUMPTION,))
+    lengths = () if causality == "mask" else (LENGTHS_ASSUMPTION,)
+    assert result.engine.assumptions == (*lengths, SOFTMAX_ASSUMPTION)
 
 
 # Shapes and flags
@@ -458,3 +460,15 @@ def test_a_network_of_another_form_is_refused(bundle: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("exporter.network.mend", mend)
     assert_tells(refusal(bundle, OPTIONS), "tensorrt_rtx", trt.__version__, "the parser made 0 attention", "install")
+
+
+def test_a_capacity_in_which_the_golden_cases_do_not_fit_is_refused_before_the_build(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    from exporter.export import ExportOptions, export
+
+    bundle = export(tiny_checkpoint, tmp_path / "gated", ExportOptions(target="tensorrt", max_length=64)).bundle
+    needed = Golden.load(bundle / "golden.npz").capacity
+    assert needed <= 40
+    with pytest.raises(UserError, match=f"--max-seq-len should be at least {needed}, which the golden cases take"):
+        build(bundle, BuildOptions(flavor="tensorrt-rtx", capabilities=("8.9",), max_seq_len=needed - 1))

@@ -77,6 +77,20 @@ def test_what_an_engine_was_built_to_bear_is_honoured(gpu_host, changes, works):
     assert gpu_host.trt.refitted == ([str(gpu_host.path / MODEL)] if changes.get("flags") == ("strip",) else [])
 
 
+def test_weights_that_were_to_stay_on_the_host_get_a_budget_on_the_gpu(gpu_host):
+    gpu_host.add_engine(flags=("weight-streaming",))
+    session = open_session(gpu_host.path, capacity=8)
+    assert session._loaded.engine.weight_streaming_budget_v2 == 4096
+
+
+def test_where_onnxruntime_cannot_take_over_the_engines_problem_is_still_named(gpu_host, monkeypatch):
+    """The GPU host has no onnxruntime, and the engine is for another GPU: that is what the user can mend."""
+    gpu_host.add_engine(capabilities=("9.0",))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"is for compute capability 9.0.*run nemotron-export build.*cannot take over"):
+        open_session(gpu_host.path, capacity=8)
+
+
 def test_an_engine_that_would_copy_its_cache_is_refused(gpu_host):
     gpu_host.add_engine(plan_of(gpu_host.path / MODEL, aliased=False))
     with pytest.raises(UserError, match=r"does not update past_key_values.0.key in place; run nemotron-export build"):

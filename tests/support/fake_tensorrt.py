@@ -212,6 +212,10 @@ class FakeEngine:
         self.model = onnxruntime.InferenceSession(plan["model"], providers=["CPUExecutionProvider"])
         self.shapes = {tensor.name: tensor.shape for tensor in (*self.model.get_inputs(), *self.model.get_outputs())}
         self.num_optimization_profiles = len(plan["profiles"])
+        self.weight_streaming_budget_v2 = 0
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return 4096
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[list[int]]:
         profile = self.plan["profiles"][index]

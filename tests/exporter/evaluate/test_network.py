@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from exporter.checkpoint import Checkpoint
+from exporter.evaluate import ops
 from exporter.evaluate.network import LOWER_RIGHT_COUNTS_FROM_LENGTHS, compile_network
 from exporter.evaluate.onnx_graph import load_graph
 from exporter.evaluate.program import CannotEvaluate
@@ -20,6 +21,7 @@ from exporter.verify import LIMIT, run_gate, verify
 from plugins.tensorrt_network import CAUSALITIES, attentions
 from runtime.bundle import Bundle
 from runtime.errors import UserError
+from runtime.golden import replay
 from runtime.manifest import Comparison
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -201,3 +203,18 @@ def test_an_unknown_value_of_an_attribute_is_refused_by_name(network: Any) -> No
     layer.mode, layer.name = trt.SampleMode.WRAP, "the slice"
     with pytest.raises(CannotEvaluate, match="knows no mode WRAP of the slice"):
         compile_network(trt, network, {})
+
+
+def test_the_golden_cases_fail_where_the_corner_is_counted_from_the_static_capacity(
+    tensorrt_bundle_of: Callable[[str], Path], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other reading of lower-right: an engine that relies on the first must not pass on a device of the second."""
+    bundle = Bundle.open(tensorrt_bundle_of("fp32"))
+    golden = run_gate(bundle, Checkpoint.open(tiny_checkpoint), evaluate_network(bundle, "tensorrt-rtx")).golden
+    assert golden is not None
+    assert all(row.passed for row in replay(evaluate_network(bundle, "tensorrt-rtx"), golden))
+
+    causal = ops.causal
+    monkeypatch.setattr(ops, "causal", lambda queries, keys, _: causal(queries, keys, torch.tensor([keys - queries])))
+    rows = replay(evaluate_network(bundle, "tensorrt-rtx"), golden)
+    assert not next(row for row in rows if row.case == "prefill").passed
