@@ -244,7 +244,7 @@ def _run_end_of_capacity(loaded: CachedSession, bundle: Bundle) -> _End:
 
 
 def _compare_greedy(steps: Sequence[_Step], expected: Sequence[Expected], precision: str) -> list[Comparison]:
-    """In fp32 greedy choices equal the reference's unless its two best logits nearly tie; in 16 bit they are counted."""
+    """In fp32 greedy choices equal the reference's unless its two best logits nearly tie; in 16 bit it counts."""
     wrong = ties = 0
     for step in steps:
         for row, slot in enumerate(step.slots):
