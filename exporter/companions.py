@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from exporter.checkpoint import Checkpoint
 from exporter.spec import NemotronSpec
+from exporter.text_files import read_object, read_text
 from runtime.chat_template import ChatTemplate
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
 from runtime.errors import UserError
@@ -110,7 +111,7 @@ def genai_config(spec: NemotronSpec, generation: dict[str, Any], max_length: int
 def _generation_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
     """generation_config.json, with the special tokens from config.json where it names none; pad falls back to eos."""
     path = checkpoint.path / GENERATION_CONFIG
-    values = _read_object(path) if path.is_file() else {}
+    values = read_object(path) if path.is_file() else {}
     config = checkpoint.spec.config
     for name in SPECIAL_TOKENS:
         found = values.setdefault(name, getattr(config, name))
@@ -129,9 +130,9 @@ def _generation_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
 def _chat_template(directory: Path) -> str | None:
     """The checkpoint's chat template: a file, or text or a named list in tokenizer_config.json, or none."""
     file, path = directory / CHAT_TEMPLATE, directory / TOKENIZER_CONFIG
-    config = _read_object(path) if path.is_file() else {}
+    config = read_object(path) if path.is_file() else {}
     if file.is_file():
-        return _read_text(file)
+        return read_text(file)
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -145,22 +146,3 @@ def _chat_template(directory: Path) -> str | None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); download the checkpoint again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} should hold a JSON object; download the checkpoint again")
-    return values
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; change its permissions or copy it again") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); download the checkpoint again") from error

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporter.text_files import read_object
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,15 +72,7 @@ def read_spec(directory: Path) -> NemotronSpec:
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: {directory} is not a Hugging Face checkpoint")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; change its permissions or copy it again") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); download the checkpoint again") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} is not a JSON object; download the checkpoint again")
-    return spec_from_config(raw, str(path))
+    return spec_from_config(read_object(path), str(path))
 
 
 def spec_from_config(raw: dict[str, Any], origin: str) -> NemotronSpec:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed, UserError
-from runtime.manifest import GOLDEN, Comparison
+from runtime.manifest import GOLDEN, Comparison, Parity
 from runtime.session import Floats, Ints, Session, open_session
 
 _STEP_ARRAYS = ("tokens", "lengths", "past_lengths", "slots", "keep", "top_ids", "top_logits")
@@ -125,12 +125,7 @@ class SelftestResult:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of the command `selftest`: that of `verify`."""
-        return {
-            "schema": 1,
-            "passed": self.passed,
-            "evaluated_by": self.evaluated_by,
-            "comparisons": [comparison.to_json() for comparison in self.comparisons],
-        }
+        return Parity(evaluated_by=self.evaluated_by, passed=self.passed, comparisons=tuple(self.comparisons)).report()
 
 
 def selftest(

@@ -85,6 +85,15 @@ class Parity(Record):
     passed: bool
     comparisons: tuple[Comparison, ...] = ()
 
+    def report(self) -> dict[str, Any]:
+        """The JSON object of the commands `verify` and `selftest`."""
+        return {
+            "schema": 1,
+            "passed": self.passed,
+            "evaluated_by": self.evaluated_by,
+            "comparisons": [comparison.to_json() for comparison in self.comparisons],
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord(Record):

@@ -11,13 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from runtime.errors import CheckFailed, UserError
-
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
-
+from runtime.session import Floats, Ints
 
 COLDEST = 1e-5
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.checkpoint import INDEX, SINGLE
+from exporter.text_files import read_object
 from runtime.errors import UserError
 from runtime.manifest import CONFIG
 
@@ -36,7 +37,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the configuration or a header cannot be read, or a weight file is missing or truncated.
     """
-    config = _read_object(path / CONFIG)
+    config = read_object(path / CONFIG)
     headers = {name: read_header(path / name) for name in _weight_files(path)}
     tensors = [tensor for header in headers.values() for tensor in header]
     dtypes = Counter(dtype for dtype, _ in tensors)
@@ -84,7 +85,7 @@ def _weight_files(path: Path) -> list[str]:
     if (path / SINGLE).is_file():  # where there is an index too, this is the one that counts
         return [SINGLE]
     if (path / INDEX).is_file():
-        weights = _read_object(path / INDEX).get("weight_map")
+        weights = read_object(path / INDEX).get("weight_map")
         names = set(weights.values()) if isinstance(weights, dict) else {None}
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise UserError(f"{path / INDEX} has no weight_map of files beside it; download it again")
@@ -101,13 +102,3 @@ def _architecture(config: dict[str, Any]) -> dict[str, Any]:
     found["rope_theta"] = rope.get("rope_theta", config.get("rope_theta"))
     found["rope_type"] = rope.get("rope_type", rope.get("type"))
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); download the checkpoint again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object; download the checkpoint again")
-    return value

@@ -35,14 +35,7 @@ def verify(bundle: Path, checkpoint: Path, network: bool, as_json: bool) -> None
     with stages() as progress:
         parity = compare(bundle, checkpoint, progress, network=network)
     if as_json:
-        emit_json(
-            {
-                "schema": 1,
-                "passed": parity.passed,
-                "evaluated_by": parity.evaluated_by,
-                "comparisons": [comparison.to_json() for comparison in parity.comparisons],
-            }
-        )
+        emit_json(parity.report())
     else:
         print_comparisons(parity.comparisons)
     failed = sum(not comparison.passed for comparison in parity.comparisons)

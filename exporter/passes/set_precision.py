@@ -29,7 +29,7 @@ class SetPrecision(GraphPass):
         graph = model.graph
         logits = next(value for value in graph.outputs if value.name == LOGITS)
         producer = logits.producer()
-        if self.dtype == ir.DataType.FLOAT or (producer is not None and producer.op_type == "Cast"):
+        if producer is not None and producer.op_type == "Cast":
             return 0
         norms = [node for node in graph if node.op_type == "LayerNormalization"]
         parameters = {value for node in norms for value in node.inputs[1:]}
