@@ -103,12 +103,33 @@ class Bundle:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids the model knows: the last dimension of its logits."""
+        """Token ids the model knows: for text-generation the last dimension of its logits, else config.json's.
+
+        Raises:
+            UserError: neither says.
+        """
+        if self.manifest.task != "text-generation":
+            size = self.config.get("vocab_size")
+            if not isinstance(size, int):
+                raise UserError(
+                    f"{self.path}: vocab_size should be an integer, found {size!r}; export the bundle again"
+                )
+            return size
         logits = next((spec for spec in self.manifest.graph.outputs if spec.name == LOGITS), None)
         size = logits.shape[-1] if logits is not None else None
         if not isinstance(size, int):
             raise UserError(f"{self.path} declares no {LOGITS} of fixed width; export the bundle again")
         return size
+
+    @property
+    def input_names(self) -> frozenset[str]:
+        """Names of the graph's inputs."""
+        return frozenset(spec.name for spec in self.manifest.graph.inputs)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the graph takes a key/value cache; one that does not computes whole rows each time."""
+        return any(name in self.input_names for name in past_names(0))
 
     @property
     def cache_geometry(self) -> CacheGeometry:
@@ -126,7 +147,9 @@ class Bundle:
         match list(found):
             case [(int(kv_heads), int(head_dim), dtype)]:
                 return CacheGeometry(layers, kv_heads, head_dim, dtype)
-        raise UserError(f"{self.path} declares no uniform key/value cache; export for text-generation")
+        raise UserError(
+            f"{self.path} declares no uniform key/value cache; export for text-generation, and without --no-cache"
+        )
 
 
 def describe_files(directory: Path, skip: Iterable[str] = (MANIFEST,)) -> dict[str, FileRecord]:

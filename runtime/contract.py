@@ -1,6 +1,6 @@
 """Names of the graphs' tensors: the agreement between exporter and runtime.
 
-Both targets have
+With a cache (task text-generation) both targets have
 
 | tensor                     | dtype   | shape                                  |
 |----------------------------|---------|----------------------------------------|
@@ -29,6 +29,35 @@ right). Target `tensorrt`, which has no mask:
 | `present.N.key`, `.value`  | float   | the same, sharing memory with the past |
 
 What a step feeds, and which rows can share one, is in `runtime.steps`.
+
+A graph without a cache ("forward graph") of either target has
+
+| tensor                     | dtype   | shape                                  |
+|----------------------------|---------|----------------------------------------|
+| `input_ids`                | int64   | [batch, sequence]                      |
+| `attention_mask`           | int64   | [batch, sequence], 1 = real; padding on either side |
+
+and, for task text-generation, `logits_to_keep` (target `onnxruntime`) or `logits_indices` (target `tensorrt`) as
+above. Its outputs, all float32, by task:
+
+| task                       | output                      | shape                       |
+|----------------------------|-----------------------------|-----------------------------|
+| feature-extraction         | `last_hidden_state`         | [batch, sequence, hidden]   |
+| text-classification        | `logits`                    | [batch, labels]             |
+| token-classification       | `logits`                    | [batch, sequence, labels]   |
+| question-answering         | `start_logits`, `end_logits` | [batch, sequence]          |
+| text-generation            | `logits`                    | [batch, kept, vocab], of each row's last kept real tokens |
+
+Where an export asked for them, with or without a cache:
+
+| tensor                     | dtype   | shape                                  |
+|----------------------------|---------|----------------------------------------|
+| input `inputs_embeds`      | float32 | [batch, sequence, hidden], in place of `input_ids` |
+| input `position_ids`       | int64   | [batch, sequence]; default: past + 0, 1, … in every row |
+| output `hidden_states.N`   | float32 | [batch, sequence, hidden], N from 0 (the embeddings) to layers |
+| output `attentions.N`      | float32 | [batch, heads, sequence, sequence], without a cache only |
+
+A bundle whose graph takes `inputs_embeds` carries the rows to look up, `embed_tokens.npy` [vocab, hidden].
 """
 
 from __future__ import annotations
@@ -39,6 +68,13 @@ WRITE_INDICES = "write_indices"
 LOGITS_INDICES = "logits_indices"
 LOGITS_TO_KEEP = "logits_to_keep"
 LOGITS = "logits"
+INPUTS_EMBEDS = "inputs_embeds"
+POSITION_IDS = "position_ids"
+LAST_HIDDEN_STATE = "last_hidden_state"
+START_LOGITS = "start_logits"
+END_LOGITS = "end_logits"
+
+EMBED_TOKENS = "embed_tokens.npy"  # a file of the bundle
 
 
 def past_names(layer: int) -> tuple[str, str]:
@@ -49,3 +85,13 @@ def past_names(layer: int) -> tuple[str, str]:
 def present_names(layer: int) -> tuple[str, str]:
     """The graph outputs that hold one layer's keys and values with the new tokens written."""
     return f"present.{layer}.key", f"present.{layer}.value"
+
+
+def hidden_states_name(index: int) -> str:
+    """The graph output that holds the hidden states after `index` layers: 0 is the embeddings."""
+    return f"hidden_states.{index}"
+
+
+def attentions_name(layer: int) -> str:
+    """The graph output that holds one layer's attention probabilities."""
+    return f"attentions.{layer}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.bundle import Bundle
+from runtime.contract import INPUTS_EMBEDS, POSITION_IDS
 from runtime.cuda import Cuda, Gpu
 from runtime.errors import UserError
 from runtime.manifest import MODEL, Engine
@@ -38,6 +39,8 @@ def choose_engine(bundle: Bundle, flavor: str | None = None) -> Chosen:
     """
     if bundle.manifest.target != "tensorrt":
         raise UserError(f"{bundle.path} is for {bundle.manifest.target}; export it with --target tensorrt")
+    if added := sorted(bundle.input_names & {INPUTS_EMBEDS, POSITION_IDS}):
+        raise UserError(f"{bundle.path} takes {', '.join(added)}, which engines are not fed; use --backend onnxruntime")
     wanted = [flavor] if flavor else list(FLAVORS)
     engines = [engine for name in wanted for engine in bundle.manifest.engines if engine.flavor == name]
     remedy = f"nemotron-export build {bundle.path} --flavor {flavor or 'tensorrt'}"

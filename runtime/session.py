@@ -86,7 +86,7 @@ def open_session(
     """Load a bundle's model on a backend.
 
     Args:
-        bundle: the bundle, or its directory.
+        bundle: the bundle, or its directory, of task text-generation; without a cache, steps compute whole rows anew.
         backend: one of BACKENDS; `auto` takes TensorRT where the bundle has an engine for this GPU, else ONNX Runtime.
         device: where ONNX Runtime runs, `cpu` (default) or `cuda`; given `cpu`, `auto` takes no engine.
         slots: rows of the cache, the largest batch a step can take.
@@ -97,13 +97,14 @@ def open_session(
         UserError: unknown backend or device, a capacity beyond the bundle's, a backend that is not installed, or
             no engine for this GPU.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
-    if device not in (None, *DEVICES):
-        raise UserError(f"unknown device {device!r}; known: {', '.join(DEVICES)}")
-    if threads is not None and threads < 1:
-        raise UserError(f"threads should be at least 1, not {threads}")
+    check_backend(backend, device, threads)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if opened.manifest.task == "text-generation" and not opened.has_cache:
+        from runtime.forward import open_forward
+        from runtime.recompute_session import RecomputeSession
+
+        forward = open_forward(opened, backend=backend, device=device, threads=threads)
+        return RecomputeSession(opened, forward, slots=slots, capacity=capacity)
     chosen, why = _choose(opened, backend, device)
     if chosen is not None:
         from runtime.trt_session import TrtSession
@@ -124,6 +125,20 @@ def open_session(
         raise UserError(f"{why}; and ONNX Runtime cannot take over: {error}") from error
     session.choice = f"{session.backend} {session.version}: {why}" if why else ""
     return session
+
+
+def check_backend(backend: str, device: str | None, threads: int | None) -> None:
+    """Refuse what no backend takes.
+
+    Raises:
+        UserError: unknown backend or device, or no thread.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+    if device not in (None, *DEVICES):
+        raise UserError(f"unknown device {device!r}; known: {', '.join(DEVICES)}")
+    if threads is not None and threads < 1:
+        raise UserError(f"threads should be at least 1, not {threads}")
 
 
 def _choose(bundle: Bundle, backend: str, device: str | None) -> tuple[Chosen | None, str]:

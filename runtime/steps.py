@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS_INDICES, LOGITS_TO_KEEP, WRITE_INDICES
+from runtime.bundle import Bundle
+from runtime.contract import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    INPUTS_EMBEDS,
+    LOGITS_INDICES,
+    LOGITS_TO_KEEP,
+    POSITION_IDS,
+    WRITE_INDICES,
+)
+from runtime.embeddings import Embeddings
 from runtime.errors import UserError
 from runtime.session import Floats, Ints
 
@@ -69,7 +80,7 @@ class GraphContract(Protocol):
         """Cut a step into runs of rows that the graph can take at once, on its cache as it lies in memory."""
         ...
 
-    def feeds(self, step: Step) -> dict[str, Ints]:
+    def feeds(self, step: Step) -> Mapping[str, NDArray[Any]]:
         """The graph's inputs but for the cache, for rows that run together; each array is contiguous."""
         ...
 
@@ -116,6 +127,41 @@ class IndexContract:
 
 
 CONTRACTS: dict[str, GraphContract] = {"onnxruntime": MaskContract(), "tensorrt": IndexContract()}
+
+
+@dataclass(frozen=True)
+class BundleContract:
+    """A target's contract with what one export added to it: `position_ids`, and embeddings in place of token ids."""
+
+    base: GraphContract
+    positions: bool
+    embeddings: Embeddings | None
+
+    def split(self, step: Step, capacity: int) -> list[slice]:
+        """As the target's graphs are split."""
+        return self.base.split(step, capacity)
+
+    def feeds(self, step: Step) -> dict[str, NDArray[Any]]:
+        """The target's inputs, positions [batch, sequence] from each row's past on, and looked-up embeddings."""
+        feeds: dict[str, NDArray[Any]] = dict(self.base.feeds(step))
+        if self.positions:
+            feeds[POSITION_IDS] = step.past[:, None] + np.arange(step.tokens.shape[1])
+        if self.embeddings is not None:
+            feeds[INPUTS_EMBEDS] = self.embeddings.look_up(feeds.pop(INPUT_IDS))
+        return feeds
+
+
+def contract_of(bundle: Bundle) -> GraphContract:
+    """How the bundle's cached graph is driven, from its target and the inputs that its manifest names.
+
+    Raises:
+        UserError: an unknown target, or the graph takes embeddings and the bundle has none.
+    """
+    if bundle.manifest.target not in CONTRACTS:
+        known = " or ".join(CONTRACTS)
+        raise UserError(f"{bundle.path} is for {bundle.manifest.target}; export it with --target {known}")
+    embeddings = Embeddings(bundle) if INPUTS_EMBEDS in bundle.input_names else None
+    return BundleContract(CONTRACTS[bundle.manifest.target], POSITION_IDS in bundle.input_names, embeddings)
 
 
 @dataclass(frozen=True)

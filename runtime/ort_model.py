@@ -1,0 +1,121 @@
+"""A bundle's graph loaded by ONNX Runtime: the library, the provider, and what goes wrong in words."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from runtime.bundle import Bundle
+from runtime.errors import CheckFailed, UserError
+from runtime.hardware import cpu_name, cuda_name
+from runtime.kv_cache import numpy_dtype
+from runtime.manifest import MODEL
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+_LOAD_ERRORS = (
+    *("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented"),
+    "RuntimeException",  # no memory, for one
+)
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class OrtModel:
+    """A loaded graph; `backend`, `version` and `device` are those of `runtime.session.Session`."""
+
+    bundle: Bundle
+    model: InferenceSession
+    backend: str
+    version: str
+    device: str
+
+    @contextmanager
+    def running(self, what: str) -> Iterator[None]:
+        """Explain what ONNX Runtime raises when an operator refuses its inputs, or memory is short.
+
+        Raises:
+            UserError: no memory for `what`.
+            CheckFailed: the graph does not run.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            if "allocate memory" in reason or "bad_alloc" in reason:
+                raise UserError(
+                    f"{self.backend} has no memory for {what}: {reason}; take fewer or shorter prompts at once"
+                ) from error
+            raise CheckFailed(
+                f"{self.backend} cannot run {what} of {self.bundle.path}: {reason}; "
+                "run nemotron-export selftest, then copy or export the bundle again"
+            ) from error
+
+
+def import_onnxruntime() -> ModuleType:
+    """The onnxruntime module, imported without its telemetry unless the user has said otherwise.
+
+    Raises:
+        UserError: it is not installed; names both extras.
+    """
+    # Else its import writes a device id and an event database into the user's cache directory, to be sent home.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise UserError(
+            "onnxruntime is not installed; pip install 'nemotron-export[cpu]' or, with an NVIDIA GPU, "
+            "'nemotron-export[gpu]' (one of them, never both)"
+        ) from error
+
+
+def load_model(bundle: Bundle, device: str, threads: int | None) -> OrtModel:
+    """Load a bundle's graph.
+
+    Args:
+        bundle: of any task and target.
+        device: `cpu` or `cuda`.
+        threads: threads within an operator (default: one per core).
+
+    Raises:
+        UserError: onnxruntime or its CUDA provider is missing, the graph is bf16 or cannot be loaded, or `threads`
+            is out of range.
+    """
+    ort = import_onnxruntime()
+    if bundle.manifest.precision == "bf16":
+        numpy_dtype("bfloat16")  # refused here, where the user reads why, not by a missing kernel
+    if threads is not None and threads < 1:
+        raise UserError(f"threads should be at least 1, not {threads}")
+    provider = _PROVIDERS[device]
+    if provider not in ort.get_available_providers():
+        raise UserError(
+            f"this onnxruntime {ort.__version__} has no {provider}; "
+            "pip uninstall onnxruntime, then pip install 'nemotron-export[gpu]', or use --device cpu"
+        )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 4  # errors come as exceptions, and are told once
+    errors = ort.capi.onnxruntime_pybind11_state
+    try:
+        model: InferenceSession = ort.InferenceSession(
+            bundle.file(MODEL), options, providers=[provider, *({_PROVIDERS["cpu"]} - {provider})]
+        )
+    except tuple(getattr(errors, name) for name in _LOAD_ERRORS) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"onnxruntime {ort.__version__} cannot load {bundle.file(MODEL)}: {reason}; "
+            "check the bundle (nemotron-export selftest), or export it again"
+        ) from error
+    if provider not in model.get_providers():
+        raise UserError(
+            f"{provider} did not start (its CUDA libraries are missing or too old); "
+            "pip install 'nemotron-export[gpu]' in an environment of its own, or use --device cpu"
+        )
+    name = cpu_name() if device == "cpu" else cuda_name()
+    return OrtModel(bundle, model, f"onnxruntime-{device}", str(ort.__version__), name)
