@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bundle import Bundle
-from runtime.errors import CheckFailed, UserError
+from runtime.errors import CheckFailed
+from runtime.forward import ForwardSession, open_forward
+from runtime.golden_file import STEPS, reading
+from runtime.golden_forward import GoldenForward, replay_forward
 from runtime.manifest import GOLDEN, Comparison, Parity
 from runtime.session import Floats, Ints, Session, open_session
 
@@ -98,16 +100,11 @@ class Golden:
         """Read the cases.
 
         Raises:
-            UserError: the file is damaged or of another schema.
+            UserError: the file is damaged, of another schema, or holds cases of a graph without a cache.
         """
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                if int(arrays["schema"]) != 1:
-                    raise UserError(f"{path} has another schema; upgrade nemotron-export, or export again")
-                steps = [GoldenStep(str(case), **_step_arrays(arrays, i)) for i, case in enumerate(arrays["cases"])]
-                return cls(int(arrays["slots"]), int(arrays["capacity"]), float(arrays["limit"]), steps)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is damaged; copy or export the bundle again") from error
+        with reading(path, STEPS) as arrays:
+            steps = [GoldenStep(str(case), **_step_arrays(arrays, i)) for i, case in enumerate(arrays["cases"])]
+            return cls(int(arrays["slots"]), int(arrays["capacity"]), float(arrays["limit"]), steps)
 
 
 @dataclass(frozen=True)
@@ -140,9 +137,16 @@ def selftest(
     files = list(_compare_files(bundle))
     if not all(comparison.passed for comparison in files):
         return SelftestResult("sha256", files)  # what differs from what was exported need not be run
-    golden = Golden.load(bundle.file(GOLDEN))
-    session = open_session(bundle, backend=backend, device=device, slots=1, capacity=1, threads=threads)
-    comparisons = [*files, *replay(session, golden)]
+    session: Session | ForwardSession
+    if bundle.manifest.task == "text-generation":
+        golden = Golden.load(bundle.file(GOLDEN))
+        session = open_session(bundle, backend=backend, device=device, slots=1, capacity=1, threads=threads)
+        replayed = replay(session, golden)
+    else:
+        cases = GoldenForward.load(bundle.file(GOLDEN))
+        session = open_forward(bundle, backend=backend, device=device, threads=threads)
+        replayed = replay_forward(session, cases)
+    comparisons = [*files, *replayed]
     result = SelftestResult(f"{session.backend} {session.version}", comparisons, session.choice)
     if result.passed:
         _remember(bundle, session)
@@ -168,21 +172,32 @@ def replay(session: Session, golden: Golden) -> list[Comparison]:
 
 
 def prove(bundle: Bundle, session: Session) -> None:
-    """Replay the golden cases unless this bundle is known to pass on this device with this backend's version.
+    """Replay the golden steps unless this bundle is known to pass on this device with this backend's version.
 
     A bundle without golden cases (exported with --no-verify) has nothing to prove.
 
     Raises:
         CheckFailed: the replay differs: what this machine computes is not the exported model.
     """
-    if not bundle.has(GOLDEN) or _record_path(bundle, session).is_file():
-        return
-    golden = Golden.load(bundle.file(GOLDEN))
-    comparisons = replay(session, golden)
+    if bundle.has(GOLDEN) and not _record_path(bundle, session).is_file():
+        _judge(bundle, session, replay(session, Golden.load(bundle.file(GOLDEN))))
+
+
+def prove_forward(bundle: Bundle, session: ForwardSession) -> None:
+    """As `prove`, for a graph without a cache of any other task than text-generation.
+
+    Raises:
+        CheckFailed: the replay differs: what this machine computes is not the exported model.
+    """
+    if bundle.has(GOLDEN) and not _record_path(bundle, session).is_file():
+        _judge(bundle, session, replay_forward(session, GoldenForward.load(bundle.file(GOLDEN))))
+
+
+def _judge(bundle: Bundle, session: Session | ForwardSession, comparisons: list[Comparison]) -> None:
     failed = next((comparison for comparison in comparisons if not comparison.passed), None)
     if failed is not None:
         raise CheckFailed(
-            f"{bundle.path} on {session.backend} {session.version} is not the exported model: logits of "
+            f"{bundle.path} on {session.backend} {session.version} is not the exported model: {failed.name} of "
             f"{failed.case!r} differ by {failed.value}, limit {failed.limit:.1e}; "
             "run nemotron-export selftest, then copy or export the bundle again"
         )
@@ -219,7 +234,7 @@ def _step_arrays(arrays: Any, step: int) -> dict[str, Any]:
     return {**found, "keep": int(found["keep"])}
 
 
-def _remember(bundle: Bundle, session: Session) -> None:
+def _remember(bundle: Bundle, session: Session | ForwardSession) -> None:
     path = _record_path(bundle, session)
     record = {"backend": session.backend, "version": session.version, "device": session.device}
     with suppress(OSError):  # where nothing can be remembered, the next load checks again
@@ -229,7 +244,7 @@ def _remember(bundle: Bundle, session: Session) -> None:
         partial.replace(path)
 
 
-def _record_path(bundle: Bundle, session: Session) -> Path:
+def _record_path(bundle: Bundle, session: Session | ForwardSession) -> Path:
     """Where a pass of these files on this device with this version is remembered."""
     hashes = sorted((name, record.sha256) for name, record in bundle.manifest.files.items())
     key = json.dumps([hashes, session.backend, session.version, session.device])
