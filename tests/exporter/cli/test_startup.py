@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-COMMANDS = ("demo", "export", "verify", "build", "selftest", "generate", "chat", "inspect", "doctor")
+COMMANDS = ("demo", "export", "verify", "build", "selftest", "generate", "chat", "predict", "inspect", "doctor")
 EXPORT_ONLY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes")
 HEAVY = (*EXPORT_ONLY, "numpy", "rich", "onnxruntime", "tokenizers", "jinja2")
 
