@@ -78,8 +78,6 @@ def predict(
     _check_task(bundle, task, [name for name, value in given.items() if value])
     _check_contexts(task, len(texts), len(contexts))
     model = load(bundle, backend=backend, device=device, threads=threads)
-    for remark in model.remarks:
-        note(remark)
     match task:
         case "feature-extraction":
             predictions = _embed(model, texts, pooling or "mean", not no_normalize)
@@ -89,6 +87,8 @@ def predict(
             predictions = _tag(model, texts)
         case _:
             predictions = _answer(model, texts, contexts, top_k or 1)
+    for remark in model.remarks:
+        note(remark)
     if as_json:
         emit_json({"schema": 1, "task": task, "backend": model.backend, "predictions": predictions})
         return
