@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from exporter.checkpoint import Checkpoint
 from exporter.spec import NemotronSpec
+from exporter.tasks import GENERATION, Task
 from exporter.text_files import read_object, read_text
 from runtime.chat_template import ChatTemplate
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
@@ -22,7 +23,7 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SEARCH = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}  # transformers' defaults
 
 
-def check_companions(checkpoint: Checkpoint) -> None:
+def check_companions(checkpoint: Checkpoint, task: Task) -> None:
     """Check the tokenizer, its template and the generation defaults before any work is done.
 
     Raises:
@@ -48,16 +49,18 @@ def check_companions(checkpoint: Checkpoint) -> None:
     template = _chat_template(checkpoint.path)
     if template is not None:
         ChatTemplate(template, checkpoint.path / CHAT_TEMPLATE)
-    genai_config(checkpoint.spec, _generation_defaults(checkpoint), checkpoint.spec.max_positions)
+    if task.name == GENERATION:
+        genai_config(checkpoint.spec, _generation_defaults(checkpoint), checkpoint.spec.max_positions)
 
 
-def write_companions(checkpoint: Checkpoint, directory: Path) -> None:
+def write_companions(checkpoint: Checkpoint, directory: Path, task: Task) -> None:
     """Copy or write everything our runtime needs beside model.onnx into `directory`."""
     for name in (CONFIG, TOKENIZER, TOKENIZER_CONFIG):
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
-    generation = _generation_defaults(checkpoint)  # resolved once, so that every runtime stops at the same tokens
-    _write_json(directory / GENERATION_CONFIG, {name: v for name, v in generation.items() if v is not None})
+    if task.name == GENERATION:
+        generation = _generation_defaults(checkpoint)  # resolved once, so that every runtime stops at the same tokens
+        _write_json(directory / GENERATION_CONFIG, {name: v for name, v in generation.items() if v is not None})
     template = _chat_template(checkpoint.path)
     if template is not None:
         (directory / CHAT_TEMPLATE).write_text(template, encoding="utf-8")

@@ -111,6 +111,11 @@ def _check_bundle(bundle: Bundle, options: BuildOptions) -> None:
             f"{bundle.path} is of target {manifest.target}, engines are built of target {TARGET}; "
             f"nemotron-export export CHECKPOINT --target {TARGET} writes one"
         )
+    if not bundle.has_cache:
+        raise UserError(
+            f"{bundle.path} runs whole rows ({manifest.task}), and engines are built for text generation with a cache; "
+            "run it on ONNX Runtime, or give model.onnx to trtexec"
+        )
     check_options(options)
     if options.causality not in CAUSALITIES:
         raise UserError(f"unknown causality {options.causality!r}; known: {', '.join(CAUSALITIES)}")

@@ -16,19 +16,22 @@ import onnx_ir as ir
 from exporter import __version__, passes
 from exporter.checkpoint import Checkpoint
 from exporter.companions import check_companions, write_companions, write_genai_config
-from exporter.lowering import TARGETS, Target, lower
+from exporter.lowering import TARGETS, Lowered, lower
 from exporter.passes.base import PassReport
+from exporter.rope import checked_length, rope_tables
 from exporter.staging import check_destination, staged
-from exporter.trace import rope_tables, trace
-from exporter.verify import NON_FINITE, run_gate, session_of
-from exporter.weights import check_tensors, expected_shapes, weight_bytes, write_weights
+from exporter.tasks import ARCHITECTURES, GENERATION, TASKS, GraphForm, Task, check_form
+from exporter.trace import trace
+from exporter.verify import NON_FINITE, gate
+from exporter.weights import check_tensors, expected_shapes, weight_bytes, write_embeddings, write_weights
 from runtime.bundle import Bundle, describe_files
+from runtime.contract import EMBED_TOKENS
 from runtime.errors import CheckFailed, UserError
 from runtime.manifest import GOLDEN, MODEL, Graph, Lowering, Manifest, PassRecord, Source, TensorSpec
 from runtime.ort_session import import_onnxruntime
 
 Progress = Callable[[str, int, int], None]
-TASKS = {"text-generation": "NemotronForCausalLM"}
+INPUTS = ("ids", "embeds")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,11 @@ class ExportOptions:
         task: by default the one that the checkpoint's architecture implies.
         target: one of `exporter.lowering.TARGETS`.
         precision: one that the target has.
-        max_length: tokens that a row may hold (default and maximum: `max_position_embeddings`).
+        max_length: tokens that a row may hold (default: `max_position_embeddings`; most: `exporter.rope.longest`).
+        cache: whether keys and values go in and out (default: for text generation); else every run is of whole rows.
+        inputs: `ids`, or `embeds` for embeddings in place of token ids.
+        position_ids: the tokens' positions are an input.
+        output_hidden_states, output_attentions: what each layer gives is handed out.
         verify: run the parity gate; without it the bundle has no golden cases.
         force: replace a bundle that exists.
     """
@@ -48,6 +55,11 @@ class ExportOptions:
     target: str = "onnxruntime"
     precision: str = "fp32"
     max_length: int | None = None
+    cache: bool | None = None
+    inputs: str = "ids"
+    position_ids: bool = False
+    output_hidden_states: bool = False
+    output_attentions: bool = False
     verify: bool = True
     force: bool = False
 
@@ -94,28 +106,30 @@ def export(
     checkpoint = Checkpoint.open(checkpoint_path)
     destination = bundle_path or Path("artifacts") / f"{checkpoint.name}-{options.target}-{options.precision}"
     _check_place(destination, checkpoint, options.force)
-    options = _resolved(options, checkpoint)
-    assert options.max_length is not None
-    check_companions(checkpoint)
-    check_tensors(expected_shapes(checkpoint.spec), checkpoint)
+    plan = _plan(options, checkpoint)
+    spec, task, form = checkpoint.spec, plan.task, plan.form
+    check_companions(checkpoint, task)
+    check_tensors(expected_shapes(spec, task), checkpoint, task)
     clock = _Clock(progress)
 
     with staged(destination, options.force) as directory:
         with clock.stage("trace"):
-            model = trace(checkpoint.spec)
+            model = trace(spec, task, cached=form.cache)
         with clock.stage("passes"):
-            tables = rope_tables(checkpoint.spec, options.max_length)
-            reports = passes.run(passes.pipeline(checkpoint.spec, *tables, options.precision), model)
-            target = lower(model, options.target, checkpoint.spec.layers)
+            wanted = passes.Wanted(task.name, form, options.precision)
+            reports = passes.run(passes.pipeline(spec, *rope_tables(spec, plan.max_length), wanted), model)
+            lowered = lower(model, options.target, spec.layers)
         with clock.stage("weights"):
             total = weight_bytes(model)
             data = directory / f"{MODEL}.data"
             write_weights(model, checkpoint, data, lambda done: progress("weights", min(done, total), total))
             ir.save(model, directory / MODEL)
-            write_companions(checkpoint, directory)
-            if options.target == "onnxruntime":
-                write_genai_config(checkpoint, directory, options.max_length)
-            manifest = _manifest(directory, checkpoint, options, model, target, reports)
+            if form.embeds:
+                write_embeddings(checkpoint, directory / EMBED_TOKENS)
+            write_companions(checkpoint, directory, task)
+            if form == GraphForm() and (task.name, options.target) == (GENERATION, "onnxruntime"):
+                write_genai_config(checkpoint, directory, plan.max_length)
+            manifest = _manifest(directory, checkpoint, plan, model, lowered, reports)
             manifest.save(directory)
         if options.verify:
             with clock.stage("verify"):
@@ -133,58 +147,70 @@ def _check_place(destination: Path, checkpoint: Checkpoint, force: bool) -> None
         )
 
 
-def _resolved(options: ExportOptions, checkpoint: Checkpoint) -> ExportOptions:
+@dataclass(frozen=True)
+class _Plan:
     """Options with the checkpoint's defaults filled in and every value checked."""
-    implied = next((task for task, cls in TASKS.items() if cls == checkpoint.spec.architecture), None)
-    task = options.task or implied
-    if task is None:
-        raise UserError(
-            f"{checkpoint.path}: architecture {checkpoint.spec.architecture} cannot be exported; "
-            f"known: {', '.join(TASKS.values())}"
-        )
-    if task not in TASKS:
-        raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
-    if options.target not in TARGETS:
-        raise UserError(f"unknown target {options.target!r}; known: {', '.join(TARGETS)}")
+
+    task: Task
+    form: GraphForm
+    max_length: int
+    target: str
+    precision: str
+
+
+def _plan(options: ExportOptions, checkpoint: Checkpoint) -> _Plan:
+    own = ARCHITECTURES[checkpoint.spec.architecture].name
+    task = options.task or own
+    choices = (
+        ("task", task, TASKS),
+        ("target", options.target, TARGETS),
+        ("inputs", options.inputs, INPUTS),
+    )
+    for what, value, known in choices:
+        if value not in known:
+            raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}")
     precisions = TARGETS[options.target].precisions
     if options.precision not in precisions:
         raise UserError(
             f"unknown precision {options.precision!r} for target {options.target}; known: {', '.join(precisions)}"
         )
-    limit = checkpoint.spec.max_positions
-    max_length = limit if options.max_length is None else options.max_length
-    if not 1 <= max_length <= limit:
-        raise UserError(
-            f"--max-length should be within 1..{limit}, the model's max_position_embeddings; found {max_length}"
-        )
+    if options.cache and task != GENERATION:
+        raise UserError(f"a cache is of {GENERATION}; export for {task} without one")
+    form = GraphForm(
+        cache=task == GENERATION if options.cache is None else options.cache,
+        embeds=options.inputs == "embeds",
+        position_ids=options.position_ids,
+        hidden_states=options.output_hidden_states,
+        attentions=options.output_attentions,
+    )
+    check_form(form, task, options.target)
     if options.verify and options.precision == "fp32":
         import_onnxruntime()  # the gate runs the graph: better to know now
-    return replace(options, task=task, max_length=max_length)
+    length = checked_length(checkpoint.spec, options.max_length)
+    return _Plan(TASKS[task], form, length, options.target, options.precision)
 
 
 def _manifest(
     directory: Path,
     checkpoint: Checkpoint,
-    options: ExportOptions,
+    plan: _Plan,
     model: ir.Model,
-    target: Target,
+    lowered: Lowered,
     reports: list[PassReport],
 ) -> Manifest:
     """The manifest of what has been written so far; parity is not known yet."""
-    assert options.task is not None
-    assert options.max_length is not None
     return Manifest(
         tool=f"nemotron-export {__version__}",
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         source=Source(name=checkpoint.name, fingerprint=checkpoint.fingerprint()),
-        task=options.task,
-        target=options.target,
-        precision=options.precision,
-        opset=target.opset,
-        max_length=options.max_length,
+        task=plan.task.name,
+        target=plan.target,
+        precision=plan.precision,
+        opset=lowered.opset,
+        max_length=plan.max_length,
         graph=_describe_graph(model),
         passes=tuple(PassRecord(name=report.name, count=report.count) for report in reports),
-        lowering=Lowering(attention=target.attention),
+        lowering=Lowering(attention=lowered.attention, fallbacks=lowered.fallbacks),
         files=describe_files(directory),
     )
 
@@ -192,7 +218,7 @@ def _manifest(
 def _gate(directory: Path, checkpoint: Checkpoint, manifest: Manifest, progress: Progress) -> Manifest:
     """Run the parity gate and store its verdict and golden cases; fail closed."""
     bundle = Bundle.open(directory)
-    result = run_gate(bundle, checkpoint, session_of(bundle), progress)
+    result = gate(bundle, checkpoint, progress)
     failed = [comparison for comparison in result.parity.comparisons if not comparison.passed]
     if failed:
         worst = failed[0]

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporter.rope import ROPE_TYPES, check_rope
+from exporter.tasks import ARCHITECTURES
 from exporter.text_files import read_object
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import NemotronConfig
-
-# Types whose cos/sin tables depend on the position alone. `dynamic` and `longrope` change their frequencies with the
-# running length, which one table cannot express.
-STATIC_ROPE_TYPES = ("default", "linear", "llama3", "proportional", "yarn")
 
 # transformers activations that carry learned tensors of their own; the Nemotron MLP has no place for them.
 LEARNED_ACTIVATIONS = ("prelu", "xielu")
@@ -55,6 +53,8 @@ class NemotronSpec:
     norm_eps: float
     activation: str
     tied: bool
+    labels: int
+    pad_token: int | None
     config: NemotronConfig = field(repr=False, compare=False)
 
     @property
@@ -101,9 +101,13 @@ def spec_from_config(raw: dict[str, Any], origin: str) -> NemotronSpec:
         norm_eps=config.norm_eps,
         activation=config.hidden_act,
         tied=config.tie_word_embeddings,
+        labels=int(config.num_labels or 0),
+        pad_token=config.pad_token_id,
         config=config,
     )
     _check_consistent(spec, origin)
+    check_rope(spec, origin)
+    _check_labels(raw, spec, origin)
     return spec
 
 
@@ -122,8 +126,8 @@ def _check_known_values(raw: dict[str, Any], origin: str) -> None:
         if not isinstance(rope, dict):
             raise UserError(f"{origin}: {name} is not a JSON object but {rope!r}; correct it")
         for rope_type in (rope.get("rope_type", "default"), rope.get("type", "default")):
-            if rope_type not in STATIC_ROPE_TYPES:
-                known = ", ".join(STATIC_ROPE_TYPES)
+            if rope_type not in ROPE_TYPES:
+                known = ", ".join(ROPE_TYPES)
                 raise UserError(f"{origin}: rope type {rope_type!r} cannot be exported; known: {known}")
 
 
@@ -131,6 +135,8 @@ def _architecture(raw: dict[str, Any], origin: str) -> str:
     names = raw.get("architectures") or ["NemotronForCausalLM"]
     if not isinstance(names, list) or not isinstance(names[0], str):
         raise UserError(f"{origin}: architectures should be a list of class names, found {names!r}; correct it")
+    if names[0] not in ARCHITECTURES:
+        raise UserError(f"{origin}: architecture {names[0]} cannot be exported; known: {', '.join(ARCHITECTURES)}")
     return names[0]
 
 
@@ -170,3 +176,23 @@ def _check_consistent(spec: NemotronSpec, origin: str) -> None:
             f"{origin}: {spec.rotary_dim} channels of a head would rotate, head_dim is {spec.head_dim}; "
             "correct partial_rotary_factor"
         )
+    if spec.pad_token is not None and not 0 <= spec.pad_token < spec.vocab:
+        raise UserError(
+            f"{origin}: pad_token_id {spec.pad_token} is outside the vocabulary of {spec.vocab}; correct it, or set it "
+            "to null"
+        )
+
+
+def _check_labels(raw: dict[str, Any], spec: NemotronSpec, origin: str) -> None:
+    """The names of labels, where there are any, are of labels 0 to n - 1 and of nothing else."""
+    names, count = raw.get("id2label"), raw.get("num_labels")
+    if names is None:
+        return
+    if not isinstance(names, dict) or {str(key) for key in names} != {str(label) for label in range(len(names))}:
+        raise UserError(f"{origin}: id2label should map 0, 1, … to names, found {str(names)[:80]}; correct it")
+    if count is not None and count != len(names):
+        raise UserError(f"{origin}: id2label names {len(names)} labels, num_labels says {count}; correct one of them")
+    inverse = raw.get("label2id")
+    if inverse is not None and (not isinstance(inverse, dict) or len(inverse) != len(set(map(str, names.values())))):
+        raise UserError(f"{origin}: label2id has other labels than id2label; correct one of them")
+    assert spec.labels == len(names)

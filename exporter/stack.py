@@ -35,9 +35,9 @@ def stack_layers(model: ir.Model, layers: int) -> None:
         copies = [_copy(node, replaced, layer) for node in template]
         graph.insert_after(last, copies)
         for name, base in zip(present_names(layer), present_names(0), strict=True):
-            output = replaced[next(value for value in graph.outputs if value.name == base)]
-            output.name = name
-            graph.outputs.append(output)
+            for output in [replaced[value] for value in graph.outputs if value.name == base]:
+                output.name = name
+                graph.outputs.append(output)
         below, last = replaced[hidden_out], copies[-1]
     for node, index in rest:
         node.replace_input_with(index, below)

@@ -1,4 +1,4 @@
-"""transformers' own module, on the meta device, traced with an explicit KV cache into an onnx_ir model."""
+"""transformers' own module, on the meta device, traced into an onnx_ir model, with an explicit KV cache or none."""
 
 from __future__ import annotations
 
@@ -9,36 +9,53 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
-from transformers import DynamicCache, NemotronForCausalLM
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.models.nemotron.modeling_nemotron import NemotronRotaryEmbedding
 
 from exporter.passes.clean_up import CleanUp
+from exporter.rope import rope_buffers
 from exporter.spec import NemotronSpec
 from exporter.stack import stack_layers
-from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, past_names, present_names
+from exporter.tasks import ANSWERS, TASKS, Task
+from runtime.contract import ATTENTION_MASK, INPUT_IDS, past_names, present_names
 
 OPSET = 23
-_WRAPPER_PREFIX = "model."
+_TEXT_GENERATION = TASKS["text-generation"]
 
 
-class _CachedNemotron(torch.nn.Module):
-    """A causal LM whose cache goes in and comes out as flat tensors."""
+class HeadedModel(torch.nn.Module):
+    """The base model and a task's head, whose cache goes in and comes out as flat tensors.
 
-    def __init__(self, model: NemotronForCausalLM) -> None:
+    Its weights have one name whatever class the checkpoint was saved from: `model.…` for the base, and the head's own.
+    What a head does beyond its projection (choosing the last token of a row) is a pass's matter.
+    """
+
+    def __init__(self, model: Any, task: Task, cached: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.base_model
+        self.task, self.cached = task, cached
+        if task.head is not None:
+            self.add_module(task.head, getattr(model, task.head))
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]) -> Any:
-        cache = DynamicCache(config=self.model.config)
-        for layer, (key, value) in enumerate(zip(past[::2], past[1::2], strict=True)):
-            cache.update(key, value, layer)
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
-        present = [tensor for layer in cached_layers(cache) for tensor in (layer.keys, layer.values)]
-        return output.logits, present
+        """What the task hands out; and, with a cache, keys and values of every layer."""
+        cache = None
+        if self.cached:
+            cache = DynamicCache(config=self.model.config)
+            for layer, (key, value) in enumerate(zip(past[::2], past[1::2], strict=True)):
+                cache.update(key, value, layer)
+        output = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=self.cached
+        )
+        hidden = output.last_hidden_state
+        if self.task.head is not None:
+            hidden = getattr(self, self.task.head)(hidden)
+        outputs = hidden.unbind(-1) if self.task.name == ANSWERS else (hidden,)
+        if cache is None:
+            return outputs
+        return *outputs, [tensor for layer in cached_layers(cache) for tensor in (layer.keys, layer.values)]
 
 
 def cached_layers(cache: DynamicCache) -> list[DynamicLayer]:
@@ -46,87 +63,70 @@ def cached_layers(cache: DynamicCache) -> list[DynamicLayer]:
     return [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
 
 
-def trace(spec: NemotronSpec) -> ir.Model:
-    """Trace the causal LM that the spec describes.
+def trace(spec: NemotronSpec, task: Task = _TEXT_GENERATION, *, cached: bool = True) -> ir.Model:
+    """Trace the model that the spec describes, with a task's head.
 
     No weight is in memory: the module lives on the meta device, and the weights of the returned model are initializers
-    without a value, called as in the checkpoint. One layer is traced and repeated, so the time does not grow with the
-    depth. Inputs are `input_ids`, `attention_mask` and a cache that grows.
+    without a value. One layer is traced and repeated, so the time does not grow with the depth. Inputs are `input_ids`,
+    `attention_mask` and, where it is cached, a cache that grows.
 
     Returns:
         A model of opset 23, as torch.onnx writes it, constants folded.
     """
-    model = trace_whole(replace(spec, layers=1))
+    model = trace_whole(replace(spec, layers=1), task, cached=cached)
     CleanUp()(model)
     stack_layers(model, spec.layers)
     return model
 
 
-def trace_whole(spec: NemotronSpec) -> ir.Model:
+def trace_whole(spec: NemotronSpec, task: Task = _TEXT_GENERATION, *, cached: bool = True) -> ir.Model:
     """Trace every layer; seconds for each."""
-    model = meta_module(spec)
-    batch, sequence, past = 2, 3, 5
+    module = meta_module(spec, task, cached)
+    batch, sequence, past = 2, 3, 5 if cached else 0
+    layers = range(spec.layers if cached else 0)
     with torch.device("meta"):
         ids = torch.zeros(batch, sequence, dtype=torch.long)
         mask = torch.ones(batch, past + sequence, dtype=torch.long)
-        cache = [torch.zeros(batch, spec.kv_heads, past, spec.head_dim) for _ in range(2 * spec.layers)]
-    dynamic = torch.export.Dim.DYNAMIC
-    names = [(past_names(layer), present_names(layer)) for layer in range(spec.layers)]
+        cache = [torch.zeros(batch, spec.kv_heads, past, spec.head_dim) for _ in range(2 * len(layers))]
+    dynamic, tokens = torch.export.Dim.DYNAMIC, {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    pasts, presents = ([name for layer in layers for name in names(layer)] for names in (past_names, present_names))
     with _quiet():
         program = torch.onnx.export(
-            _CachedNemotron(model).eval(),
+            module.eval(),
             (ids, mask, cache),
             dynamo=True,
             optimize=False,  # it would read the weights, which are not there
             verbose=False,
             opset_version=OPSET,
-            input_names=[INPUT_IDS, ATTENTION_MASK, *(name for pasts, _ in names for name in pasts)],
-            output_names=[LOGITS, *(name for _, presents in names for name in presents)],
-            dynamic_shapes=(
-                {0: dynamic, 1: dynamic},
-                {0: dynamic, 1: dynamic},
-                [{0: dynamic, 2: dynamic}] * len(cache),
-            ),
+            input_names=[INPUT_IDS, ATTENTION_MASK, *pasts],
+            output_names=[*task.outputs, *presents],
+            dynamic_shapes=(tokens, tokens, [{0: dynamic, 2: dynamic}] * len(cache)),
         )
     assert program is not None
-    _release_weights(program.model, _buffers(spec))
+    _release_weights(program.model, {f"model.rotary_emb.{name}": held for name, held in rope_buffers(spec).items()})
     return program.model
 
 
-def meta_module(spec: NemotronSpec) -> NemotronForCausalLM:
-    """The causal LM on the meta device: names and shapes of every weight, and no memory for any."""
+def meta_module(spec: NemotronSpec, task: Task = _TEXT_GENERATION, cached: bool = True) -> HeadedModel:
+    """The model on the meta device: names and shapes of every weight, and no memory for any."""
     config = type(spec.config).from_dict({**spec.config.to_dict(), "num_hidden_layers": spec.layers})
     config._attn_implementation = "sdpa"  # traces to one Attention node per layer
     with torch.device("meta"):
-        model = NemotronForCausalLM(config)
-    model.train(False)
-    return model
-
-
-def rope_tables(spec: NemotronSpec, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of every position, float32 [max_length, rotary_dim/2], as transformers computes them."""
-    rotary = NemotronRotaryEmbedding(spec.config)
-    cos, sin = rotary(torch.zeros(1), torch.arange(max_length)[None])
-    half = spec.rotary_dim // 2
-    return cos[0, :, :half].numpy().copy(), sin[0, :, :half].numpy().copy()
-
-
-def _buffers(spec: NemotronSpec) -> dict[str, torch.Tensor]:
-    """The module's non-persistent buffers, which no checkpoint holds, with their values."""
-    rotary = NemotronRotaryEmbedding(spec.config)
-    return {f"model.rotary_emb.{name}": buffer for name, buffer in rotary.named_buffers()}
+        model = task.build(config)
+    module = HeadedModel(model, task, cached)
+    # Frequencies stay those of the start: `exporter.rope` refuses the lengths at which they would change.
+    module.model.rotary_emb.rope_type = "default"
+    module.train(False)
+    return module
 
 
 def _release_weights(model: ir.Model, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Name initializers as the checkpoint does; give buffers their value and take the meta tensor from weights."""
-    for name in list(model.graph.initializers):
-        value = model.graph.initializers.pop(name)
-        value.name = name.removeprefix(_WRAPPER_PREFIX)
-        if value.name in buffers:
-            value.const_value = ir.tensor(buffers[value.name].numpy(), name=value.name)
+    """Give buffers their value and take the meta tensor from weights."""
+    for name, value in model.graph.initializers.items():
+        if name in buffers:
+            value.const_value = ir.tensor(buffers[name].numpy(), name=name)
         elif isinstance(value.const_value, ir.TensorProtocol) and _is_meta(value.const_value):
             value.const_value = None
-        model.graph.initializers.add(value)
 
 
 def _is_meta(tensor: ir.TensorProtocol) -> bool:

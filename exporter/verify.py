@@ -18,6 +18,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.evaluate.session import EvaluatedSession, evaluate_graph, evaluate_network
 from exporter.reference import Floats as Floats64
 from exporter.reference import Forward, Reference, Row
+from exporter.verify_rows import NON_FINITE, GateResult, has_extras, non_finite, prompts, run_rows_gate
 from exporter.yardstick import LIMIT, Expected, Ledger, Yardstick, compare
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed, UserError
@@ -25,17 +26,14 @@ from runtime.golden import Golden, GoldenStep
 from runtime.manifest import Comparison, Parity
 from runtime.ort_session import OrtSession
 from runtime.session import Floats, Ints, Session
-from runtime.tokenizer import Tokenizer
 
 NEAR_TIE = 1e-3  # a greedy token may differ where the reference's two best logits are closer than this
-NON_FINITE = "non_finite"  # the metric of an evaluation's edges that are none
 NO_LIMIT = 1e9  # of what is only counted
 END = "end of capacity"
 DECODE_STEPS = 32
 GOLDEN_DECODE_STEPS = 4
-SENTENCE = "The solar system consists of the Sun and the planets, moons, comets and asteroids that orbit it."
 
-__all__ = ["LIMIT", "NON_FINITE", "CachedSession", "GateResult", "run_gate", "session_of", "verify"]
+__all__ = ["LIMIT", "NON_FINITE", "CachedSession", "GateResult", "gate", "run_gate", "session_of", "verify"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -55,14 +53,6 @@ class CachedSession(Session, Protocol):
     def cache(self) -> _Cache:
         """The cache that steps update in place."""
         ...
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """What the gate compared, and the golden cases for the bundle; none where its graph did not run."""
-
-    parity: Parity
-    golden: Golden | None
 
 
 @dataclass(frozen=True)
@@ -96,9 +86,28 @@ def verify(bundle: Path, checkpoint: Path, progress: Progress = lambda *_: None,
     Raises:
         UserError: either cannot be opened, they are not of one architecture, or no TensorRT is installed.
     """
-    opened = Bundle.open(bundle)
-    session = evaluate_network(opened) if network else session_of(opened)
-    return run_gate(opened, Checkpoint.open(checkpoint), session, progress).parity
+    return gate(Bundle.open(bundle), Checkpoint.open(checkpoint), progress, network=network).parity
+
+
+def gate(
+    bundle: Bundle, checkpoint: Checkpoint, progress: Progress = lambda *_: None, *, network: bool = False
+) -> GateResult:
+    """Compare a bundle with its checkpoint: step by step where it has a cache, else on whole rows.
+
+    What a graph with a cache hands out or takes beyond that (hidden states, positions) is compared on whole rows too.
+    """
+    if not bundle.has_cache:
+        return run_rows_gate(bundle, checkpoint, progress, network=network)
+    result = run_gate(bundle, checkpoint, evaluate_network(bundle) if network else session_of(bundle), progress)
+    if not has_extras(bundle):
+        return result
+    rows = run_rows_gate(bundle, checkpoint, progress, network=network).parity
+    both = replace(
+        result.parity,
+        passed=result.parity.passed and rows.passed,
+        comparisons=(*result.parity.comparisons, *rows.comparisons),
+    )
+    return GateResult(both, result.golden)
 
 
 def session_of(bundle: Bundle) -> CachedSession:
@@ -119,7 +128,7 @@ def run_gate(
     evaluated_by = f"{session.backend} {session.version}"
     try:
         steps, rows = _run_rows(
-            session, _prompts(bundle), bundle.manifest.max_length, lambda n: progress("verify", n, total)
+            session, prompts(bundle), bundle.manifest.max_length, lambda n: progress("verify", n, total)
         )
         end = _run_end_of_capacity(session, bundle)
     except CheckFailed as refusal:  # the graph is so wrong that the backend does not run it
@@ -141,7 +150,8 @@ def run_gate(
     progress("verify", total, total)
 
     limits = ledger.comparisons()
-    comparisons = (*_check_finite(session), *limits, *_compare_greedy(steps, expected, precision))
+    found = non_finite(session.non_finite) if isinstance(session, EvaluatedSession) else []
+    comparisons = (*found, *limits, *_compare_greedy(steps, expected, precision))
     passed = all(comparison.passed for comparison in comparisons)
     limit = max(found.limit for found in limits if (found.name, found.metric) == ("logits", "max_abs"))
     golden = _golden(steps, expected, limit)
@@ -150,14 +160,6 @@ def run_gate(
 
 def _logits_at(positions: Ints) -> Callable[[Forward], Floats64]:
     return lambda forward: forward.logits[positions]
-
-
-def _check_finite(session: CachedSession) -> list[Comparison]:
-    """Of an evaluation: how many edges were not finite, under the name of the first of them."""
-    if not isinstance(session, EvaluatedSession):
-        return []
-    first = session.non_finite[0] if session.non_finite else "edges"
-    return [compare(first, "all", NON_FINITE, float(len(session.non_finite)), 0.0)]
 
 
 @dataclass(frozen=True)
@@ -278,13 +280,6 @@ def _golden(steps: Sequence[_Step], expected: Sequence[Expected], limit: float) 
         )
     capacity = max(int(step.past.max()) + step.tokens.shape[1] for step in kept)  # padding of one row beside another
     return Golden(slots=len(expected), capacity=capacity, limit=limit, steps=recorded)
-
-
-def _prompts(bundle: Bundle) -> list[list[int]]:
-    """One row of text and two of random token ids, of equal length."""
-    text = Tokenizer(bundle).encode(SENTENCE)[:24]
-    random = np.random.default_rng(0).integers(bundle.vocab_size, size=(2, max(len(text), 8)))
-    return [text, *random.tolist()]
 
 
 def _check_same_shape(bundle: Bundle, checkpoint: Checkpoint) -> None:

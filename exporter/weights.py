@@ -12,32 +12,60 @@ import onnx_ir as ir
 from exporter.checkpoint import Checkpoint
 from exporter.recipe import is_weight, recipe_of
 from exporter.spec import NemotronSpec
+from exporter.tasks import ARCHITECTURES, Task
 from runtime.errors import UserError
 
 ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
 INLINE_BYTES = 1024  # constants up to this size stay in model.onnx
 
 _BUFFERS = ("rotary_emb.inv_freq",)  # older checkpoints store what the configuration implies
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BASE = "model."  # what names of the base model's weights begin with here
+EMBEDDING, HEAD = f"{BASE}embed_tokens.weight", "lm_head.weight"
+# What they begin with in checkpoints: of a model with a head, of question answering, of the base model itself.
+_PREFIXES = (BASE, "transformer.", "")
 
 
 def weight_source(name: str, checkpoint: Checkpoint) -> str:
-    """The tensor that holds a weight: a tied head and embedding are stored once, under either name."""
-    if checkpoint.spec.tied and name in (EMBEDDING, HEAD) and name not in checkpoint.tensors:
-        return HEAD if name == EMBEDDING else EMBEDDING
-    return name
+    """The checkpoint's tensor that holds a weight.
+
+    The base model's prefix is that of the class which was saved; a tied head and embedding are stored once, under
+    either name.
+    """
+    stored = _stored_as(name, checkpoint)
+    if checkpoint.spec.tied and name in (EMBEDDING, HEAD) and stored not in checkpoint.tensors:
+        return _stored_as(HEAD if name == EMBEDDING else EMBEDDING, checkpoint)
+    return stored
 
 
-def check_tensors(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
+def check_tensors(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint, task: Task) -> None:
     """Check that the checkpoint has every weight in its shape and no other, before any work is done.
+
+    Args:
+        shapes: of every weight of the task's model, by `expected_shapes`.
+        checkpoint: what is exported; the weights of its own head may be left over where the task has another.
+        task: what it is exported for.
 
     Raises:
         UserError: a tensor is missing, has another shape, or has no place in the model of this configuration.
     """
+    own = ARCHITECTURES[checkpoint.spec.architecture]
     for name, shape in shapes.items():
-        checkpoint.require(weight_source(name, checkpoint), shape)
-    placed = {*shapes, EMBEDDING, HEAD} if checkpoint.spec.tied else set(shapes)
-    homeless = sorted(name for name in checkpoint.tensors if name not in placed and not name.endswith(_BUFFERS))
+        source = weight_source(name, checkpoint)
+        if source not in checkpoint.tensors and own is not task and name.startswith(f"{task.head}."):
+            raise UserError(
+                f"{checkpoint.path} has no {name}, the head of {task.name}: it was saved from {own.architecture}; "
+                f"export it with --task {own.name}, or give a checkpoint of {task.architecture}"
+            )
+        checkpoint.require(source, shape)
+    placed = {weight_source(name, checkpoint) for name in shapes}
+    if checkpoint.spec.tied:
+        placed |= {_stored_as(EMBEDDING, checkpoint), HEAD}
+    left_over = f"{own.head}." if own.head is not None and own is not task else None
+    homeless = sorted(
+        name
+        for name in checkpoint.tensors
+        if name not in placed and not name.endswith(_BUFFERS) and not (left_over and name.startswith(left_over))
+    )
     if homeless:
         raise UserError(
             f"{checkpoint.tensors[homeless[0]].file}: {len(homeless)} tensors have no place in the model that "
@@ -45,11 +73,27 @@ def check_tensors(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint) ->
         )
 
 
-def expected_shapes(spec: NemotronSpec) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of every weight that a causal LM of this spec has, by transformers' own module."""
+def expected_shapes(spec: NemotronSpec, task: Task) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of every weight of the task's model of this spec, by transformers' own module."""
     from exporter.trace import meta_module
 
-    return {name: tuple(parameter.shape) for name, parameter in meta_module(spec).named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in meta_module(spec, task).named_parameters()}
+
+
+def _stored_as(name: str, checkpoint: Checkpoint) -> str:
+    if not name.startswith(BASE):
+        return name
+    inner = name.removeprefix(BASE)
+    anchor = "norm.bias"  # in every checkpoint, under one prefix
+    prefix = next((known for known in _PREFIXES if f"{known}{anchor}" in checkpoint.tensors), BASE)
+    return f"{prefix}{inner}"
+
+
+def write_embeddings(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the embedding of every token, float32 [vocab, hidden], for graphs whose input is embeddings."""
+    import numpy as np
+
+    np.save(path, checkpoint.read(weight_source(EMBEDDING, checkpoint)).float().numpy(), allow_pickle=False)
 
 
 def weight_bytes(model: ir.Model) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporter.reference import Forward, Reference, Row
+from exporter.reference import Batch, Forward, Reference, Row
 from runtime.manifest import Comparison
 
 LIMIT = 1e-4  # of |Δ| in fp32, unless the reference itself is further than a third of it from fp64
@@ -22,6 +22,7 @@ KL_FACTOR = 1.5  # of transformers' mean divergence at that precision
 LARGEST_FACTOR = 2.0
 
 Array = NDArray[np.floating]
+Outputs = dict[str, NDArray[np.float64]]
 _YARDSTICKS = {"fp32": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -39,6 +40,15 @@ class Yardstick:
     def __init__(self, reference: Reference, precision: str) -> None:
         self._reference = reference
         self._dtype = _YARDSTICKS[precision]
+
+    def outputs(self, batches: Sequence[Batch]) -> list[tuple[Outputs, Outputs]]:
+        """Run batches without a cache: what transformers gives in fp32, and what the yardstick gives."""
+        exact = self._reference.outputs(batches)
+        yardstick = self._reference.outputs(batches, self._dtype)
+        finite = all(np.isfinite(array).all() for found in yardstick for array in found.values())
+        if self._dtype == torch.float16 and not finite:
+            yardstick = self._reference.outputs(batches, torch.bfloat16)
+        return list(zip(exact, yardstick, strict=True))
 
     def forwards(self, rows: Sequence[Row]) -> list[Expected]:
         """Run rows; where transformers in fp16 is not finite on any, bf16 is the yardstick of all."""
@@ -68,7 +78,10 @@ class Ledger:
 
     def add(self, name: str, case: str, ours: Array, expected: Expected, pick: Callable[[Forward], Array]) -> None:
         """Note the differences of one tensor; `pick` takes what it should be from a forward pass."""
-        exact, yardstick = pick(expected.exact), pick(expected.yardstick)
+        self.note(name, case, ours, pick(expected.exact), pick(expected.yardstick))
+
+    def note(self, name: str, case: str, ours: Array, exact: Array, yardstick: Array) -> None:
+        """Note the differences of one tensor, all three of one shape."""
         row = self._largest.setdefault((name, case), _Largest())
         row.ours = float(np.maximum(row.ours, np.abs(ours - exact).max(initial=0.0)))  # keeps what is not a number
         row.yardstick = float(np.maximum(row.yardstick, np.abs(yardstick - exact).max(initial=0.0)))

@@ -1,4 +1,4 @@
-"""The meaning of `nemotron::PartialRopeAttention` in numpy: the oracle of lowerings and kernels."""
+"""The meaning of the fused ops in numpy: the oracle of lowerings and kernels."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def partial_rope_attention(
     heads: int,
     kv_heads: int,
     scale: float,
+    position_ids: NDArray[np.int64] | None = None,
 ) -> tuple[Floats, Floats, Floats]:
     """Causal grouped-query attention over a cache, with partial rotary embedding; shapes as in `plugins.ops`.
 
@@ -47,29 +48,60 @@ def partial_rope_attention(
     Raises:
         ValueError: a row writes past the capacity.
     """
-    batch, sequence, _ = query.shape
-    capacity, head_dim = past_key.shape[2:]
+    sequence, capacity = query.shape[1], past_key.shape[2]
     positions = write_indices[:, None] + np.arange(sequence)
     if positions.max() >= capacity:
         raise ValueError(f"position {positions.max()} is past the capacity {capacity}")
-
-    def split(x: Floats, count: int) -> Floats:
-        return x.reshape(batch, sequence, count, head_dim).transpose(0, 2, 1, 3)
-
-    q = rotate(split(query, heads), cos, sin, positions)
+    turns = positions if position_ids is None else position_ids
+    q = rotate(_split(query, heads), cos, sin, turns)
     present_key, present_value = past_key.copy(), past_value.copy()
     for row, start in enumerate(write_indices):
         span = slice(start, start + sequence)
-        rotated = rotate(split(key, kv_heads), cos, sin, positions)
+        rotated = rotate(_split(key, kv_heads), cos, sin, turns)
         present_key[row, :, span] = rotated[row]
-        present_value[row, :, span] = split(value, kv_heads)[row]
-
-    group = heads // kv_heads
-    k, v = np.repeat(present_key, group, axis=1), np.repeat(present_value, group, axis=1)
-    scores = (q @ k.swapaxes(2, 3)) * scale
+        present_value[row, :, span] = _split(value, kv_heads)[row]
     visible = np.arange(capacity) <= positions[:, None, :, None]
-    scores = np.where(visible, scores, -np.inf)
+    context, _ = _attend(q, present_key, present_value, visible, scale)
+    return context, present_key, present_value
+
+
+def partial_rope_self_attention(
+    query: Floats,
+    key: Floats,
+    value: Floats,
+    cos: Floats,
+    sin: Floats,
+    position_ids: NDArray[np.int64],
+    attention_mask: NDArray[np.int64],
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+) -> tuple[Floats, Floats]:
+    """Causal grouped-query attention of whole rows, with partial rotary embedding; shapes as in `plugins.ops`.
+
+    Returns:
+        context [batch, sequence, heads·head_dim] and weights [batch, heads, sequence, sequence].
+    """
+    sequence = query.shape[1]
+    q = rotate(_split(query, heads), cos, sin, position_ids)
+    k = rotate(_split(key, kv_heads), cos, sin, position_ids)
+    seen = (attention_mask != 0)[:, None, None, :] | np.eye(sequence, dtype=bool)
+    visible = np.tril(np.ones((sequence, sequence), bool)) & seen
+    return _attend(q, k, _split(value, kv_heads), visible, scale)
+
+
+def _split(x: Floats, count: int) -> Floats:
+    """[batch, sequence, count·head_dim] as heads: [batch, count, sequence, head_dim]."""
+    return x.reshape(*x.shape[:2], count, -1).transpose(0, 2, 1, 3)
+
+
+def _attend(q: Floats, k: Floats, v: Floats, visible: NDArray[np.bool_], scale: float) -> tuple[Floats, Floats]:
+    """Context, heads merged, and weights; each key/value head serves a group of query heads."""
+    group = q.shape[1] // k.shape[1]
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scores = np.where(visible, (q @ k.swapaxes(2, 3)) * scale, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    context = (weights @ v).transpose(0, 2, 1, 3).reshape(batch, sequence, heads * head_dim)
-    return context, present_key, present_value
+    context = (weights @ v).transpose(0, 2, 1, 3)
+    return context.reshape(*context.shape[:2], -1), weights

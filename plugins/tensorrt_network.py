@@ -2,7 +2,8 @@
 
 The parser drops `nonpad_kv_seqlen`, anchors `is_causal` at the upper left, so that a decode step would see key 0 alone,
 and multiplies the queries and the whole key cache by √scale in the working precision at every step; none of it with a
-warning. Each attention is given its lengths, its corner, the cache as it is, and queries scaled once in fp32.
+warning. Each attention is given its lengths, its corner, the cache as it is, and queries scaled once in fp32. Graphs
+without a cache bring a mask of their own, which the parser keeps; there the scaling alone is mended.
 """
 
 from __future__ import annotations
@@ -74,20 +75,22 @@ def mend(
     expected = {kind: operators.get(operator, 0) for kind, (operator, _) in _LAYERS.items()}
     if layers != expected:
         raise NetworkMismatch(f"the graph holds {_listed(expected)}, the parser made {_listed(layers)}")
-    add = _Adder(trt, network)
+    add, cached = _Adder(trt, network), layers["kv_cache_update"] > 0
     inputs = {tensor.name: tensor for tensor in map(network.get_input, range(network.num_inputs))}
     for name in (input_ids, write_indices):
-        if layers["attention"] and name not in inputs:
+        if cached and name not in inputs:
             raise NetworkMismatch(f"the network has no input {name}")
     producers = _producers(network)
     bound = None
     for attention in attentions(trt, network):
         _unscale(trt, add, producers, attention, scales)
-        if bound is None and causality == LOWER_RIGHT:
-            bound = _lengths(trt, add, inputs[input_ids], inputs[write_indices])
-        elif bound is None:
-            bound = _mask(trt, add, _rotary_positions(trt, network), attention.get_input(1).shape[2])
-        _make_causal(trt, attention, causality, bound)
+        if cached and bound is None:
+            if causality == LOWER_RIGHT:
+                bound = _lengths(trt, add, inputs[input_ids], inputs[write_indices])
+            else:
+                bound = _mask(trt, add, _rotary_positions(trt, network), attention.get_input(1).shape[2])
+        if cached:
+            _make_causal(trt, attention, causality, bound)
         attention.decomposable = attention.get_input(0).dtype == trt.float32
     check_mended(trt, network)
     return Mended(layers, add.constants)
@@ -114,8 +117,9 @@ def check_mended(trt: Any, network: Any) -> None:
         NetworkMismatch: an attention that takes something else, or is not causal in either way.
     """
     producers = _producers(network)
+    cached = count_layers(trt, network)["kv_cache_update"] > 0
     for attention in attentions(trt, network):
-        for index, what in ((1, "keys"), (2, "values")):
+        for index, what in ((1, "keys"), (2, "values")) if cached else ():
             producer = producers.get(attention.get_input(index).name)
             kind = producer.type.name if producer is not None else "a network input"
             if kind != "KV_CACHE_UPDATE":

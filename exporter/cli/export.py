@@ -14,9 +14,16 @@ if TYPE_CHECKING:
     from exporter.export import ExportResult
 
 # Plain text, so that --help needs no import; a test holds them against what the exporter knows.
-TASKS = ("text-generation",)
+TASKS = (
+    "text-generation",
+    "feature-extraction",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+)
 TARGETS = ("onnxruntime", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "bf16")
+INPUTS = ("ids", "embeds")
 
 
 @click.command()
@@ -36,8 +43,19 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 @click.option(
     "--max-length",
     type=click.IntRange(min=1),
-    help="Tokens a row may hold, prompt included.  [default and maximum: max_position_embeddings]",
+    help="Tokens a row may hold, prompt included.  [default: max_position_embeddings; more where the rope type scales]",
 )
+@click.option("--no-cache", is_flag=True, help="Text generation without a key/value cache: every run is of whole rows.")
+@click.option(
+    "--inputs",
+    type=click.Choice(INPUTS),
+    default="ids",
+    show_default=True,
+    help="What goes in: token ids, or embeddings in place of them.",
+)
+@click.option("--position-ids", is_flag=True, help="Take the tokens' positions as an input.")
+@click.option("--output-hidden-states", is_flag=True, help="Hand out what goes into each layer, and the final norm.")
+@click.option("--output-attentions", is_flag=True, help="Hand out each layer's attention weights (without a cache).")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Check the export against transformers.")
 @click.option("--force", is_flag=True, help="Replace the bundle that is there (nothing but a bundle).")
 @json_option
@@ -49,6 +67,11 @@ def export(
     target: str,
     precision: str,
     max_length: int | None,
+    no_cache: bool,
+    inputs: str,
+    position_ids: bool,
+    output_hidden_states: bool,
+    output_attentions: bool,
     verify: bool,
     force: bool,
     as_json: bool,
@@ -61,6 +84,7 @@ def export(
     \b
     nemotron-export export ./Nemotron-Mini-4B-Instruct
     nemotron-export export ./Nemotron-Mini-4B-Instruct ./bundle --max-length 2048 --force
+    nemotron-export export ./Minitron-4B-Base ./features --task feature-extraction
     """
     from exporter.staging import check_destination
 
@@ -70,7 +94,17 @@ def export(
     from exporter.export import export as run
 
     options = ExportOptions(
-        task=task, target=target, precision=precision, max_length=max_length, verify=verify, force=force
+        task=task,
+        target=target,
+        precision=precision,
+        max_length=max_length,
+        cache=False if no_cache else None,
+        inputs=inputs,
+        position_ids=position_ids,
+        output_hidden_states=output_hidden_states,
+        output_attentions=output_attentions,
+        verify=verify,
+        force=force,
     )
     with writing(bundle or Path("artifacts")), stages() as progress:
         result = run(checkpoint, bundle, options, progress)
@@ -80,7 +114,9 @@ def export(
         emit_json(result.to_json())
     else:
         print_export(result)
-        click.echo(f"next: nemotron-export generate {result.bundle} -p TEXT")
+        generates = result.manifest.task == "text-generation"
+        command, option = ("generate", "-p") if generates else ("predict", "--text")
+        click.echo(f"next: nemotron-export {command} {result.bundle} {option} TEXT")
 
 
 def print_export(result: ExportResult) -> None:
@@ -91,6 +127,7 @@ def print_export(result: ExportResult) -> None:
             ("bundle", f"{result.bundle} ({size(sum(file.bytes for file in manifest.files.values()))})"),
             ("passes", ", ".join(f"{record.name} ×{record.count}" for record in manifest.passes)),
             ("attention", manifest.lowering.attention if manifest.lowering else None),
+            ("fallbacks", "; ".join(manifest.lowering.fallbacks) if manifest.lowering else None),
             ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items())),
             ("peak memory", size(result.peak_rss_mb * 1e6)),
             ("parity", f"passed on {manifest.parity.evaluated_by}" if manifest.parity else "not checked"),

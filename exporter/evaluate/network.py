@@ -133,8 +133,8 @@ def _shuffle(layer: Any) -> Compute:
 
 def _slice(layer: Any) -> Compute:
     _known(layer, "mode", "STRICT_BOUNDS")
-    if getattr(layer, "axes", None) is not None:
-        raise CannotEvaluate(f"axes of {layer.name}")
+    chosen = getattr(layer, "axes", None)
+    axes = None if chosen is None else list(chosen)
     given = [i < layer.num_inputs and layer.get_input(i) is not None for i in (1, 2, 3)]
     names = ("start", "shape", "stride")
     fixed = [None if is_given else list(getattr(layer, name)) for name, is_given in zip(names, given, strict=True)]
@@ -142,7 +142,7 @@ def _slice(layer: Any) -> Compute:
     def compute(x: Tensor, *dynamic: Tensor | None) -> Tensor:
         given = (None if tensor is None else tensor.tolist() for tensor in (*dynamic, None, None, None))
         found = [known if known is not None else value for known, value in zip(fixed, given, strict=False)]
-        for axis, (start, size, stride) in enumerate(zip(*found, strict=True)):
+        for axis, (start, size, stride) in zip(axes or range(x.ndim), zip(*found, strict=True), strict=True):
             x = x.index_select(axis, start + stride * torch.arange(size))
         return x
 

@@ -46,13 +46,13 @@ def attention(a: Attributes) -> Compute:
 
 
 def group_query_attention(a: Attributes) -> Compute:
-    """`com.microsoft::GroupQueryAttention` with rotary inside, where past and present are one buffer.
+    """`com.microsoft::GroupQueryAttention`, with rotary inside or ahead of it, where past and present are one buffer.
 
     `seqlens_k` is each row's last valid key after the step. A row has as many new tokens as its keys leave room for:
     a prefill, in which no row has a past, starts at 0; later steps are of one length.
     """
     heads, kv_heads, scale = a.get("num_heads"), a.get("kv_num_heads"), a.get("scale")
-    a.only("do_rotary", 1)
+    rotates = bool(a.only("do_rotary", 0, 1))
     a.only("rotary_interleaved", 0)
 
     def split(x: Tensor, count: int) -> Tensor:
@@ -66,20 +66,25 @@ def group_query_attention(a: Attributes) -> Compute:
         past_value: Tensor,
         last_key: Tensor,
         total: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         sequence = query.shape[1]
         starts = torch.zeros_like(last_key) if int(total) <= sequence else last_key + 1 - sequence
         positions = starts.long()[:, None] + torch.arange(sequence)
         room = max(int(total) - past_key.shape[2], 0)
         past_key, past_value = (torch.nn.functional.pad(past, (0, 0, 0, room)) for past in (past_key, past_value))
-        rotated = ops.rotate(split(key, kv_heads), cos, sin, positions, 2 * cos.shape[1]).to(key.dtype)
-        present_key = ops.write_cache(past_key, rotated, starts)
+
+        def turned(x: Tensor, count: int) -> Tensor:
+            if not rotates or cos is None or sin is None:
+                return split(x, count)
+            return ops.rotate(split(x, count), cos, sin, positions, 2 * cos.shape[1]).to(x.dtype)
+
+        present_key = ops.write_cache(past_key, turned(key, kv_heads), starts)
         present_value = ops.write_cache(past_value, split(value, kv_heads), starts)
-        turned = ops.rotate(split(query, heads), cos, sin, positions, 2 * cos.shape[1]).to(query.dtype)
+        queries = turned(query, heads)
         seen = ops.causal(sequence, present_key.shape[2], starts)
-        context = ops.attend(turned, present_key, present_value, [seen], scale or turned.shape[-1] ** -0.5)
+        context = ops.attend(queries, present_key, present_value, [seen], scale or queries.shape[-1] ** -0.5)
         return context.transpose(1, 2).flatten(2), present_key, present_value
 
     return compute

@@ -53,6 +53,15 @@ def _reshape(a: Attributes) -> Compute:
     return compute
 
 
+def _slice(x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, steps: Tensor | None = None) -> Tensor:
+    """x[start:end:step] on each axis, as Python slices count, for steps above 0."""
+    places = range(starts.numel()) if axes is None else axes.tolist()
+    strides = [1] * starts.numel() if steps is None else steps.tolist()
+    for axis, start, end, step in zip(places, starts.tolist(), ends.tolist(), strides, strict=True):
+        x = x[(slice(None),) * (axis % x.ndim) + (slice(start, end, step),)]
+    return x
+
+
 def _transpose(a: Attributes) -> Compute:
     order = a.get("perm")
     return lambda x: x.permute(*(order or range(x.ndim)[::-1]))
@@ -69,6 +78,18 @@ def _rotary(a: Attributes) -> Compute:
     a.only("num_heads", 0)
     width = a.get("rotary_embedding_dim", 0)
     return lambda x, cos, sin, positions=None: ops.rotate(x, cos, sin, positions, width)
+
+
+def _contrib_rotary(a: Attributes) -> Compute:
+    """`com.microsoft::RotaryEmbedding` of [batch, sequence, heads·head_dim], its positions before the tables."""
+    a.only("interleaved", 0)
+    heads, width = a.get("num_heads", 0), a.get("rotary_embedding_dim", 0)
+
+    def compute(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        split = x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+        return ops.rotate(split, cos, sin, positions, width).transpose(1, 2).reshape(x.shape)
+
+    return compute
 
 
 def _scatter(a: Attributes) -> Compute:
@@ -136,6 +157,7 @@ OPERATORS: dict[str, Callable[[Attributes], Compute]] = {
     "Unsqueeze": _plain(ops.unsqueeze),
     "Range": _plain(lambda start, limit, delta: torch.arange(start.item(), limit.item(), delta.item())),
     "Concat": _concat,
+    "Slice": _plain(_slice),
     "Expand": _plain(lambda x, shape: x * torch.ones(shape.tolist(), dtype=x.dtype)),
     "Where": _plain(torch.where),
     "Gather": lambda a: partial(ops.gather, axis=a.get("axis", 0)),
@@ -153,5 +175,6 @@ OPERATORS: dict[str, Callable[[Attributes], Compute]] = {
     "RotaryEmbedding": _rotary,
     "TensorScatter": _scatter,
     "Attention": attention,
+    "com.microsoft::RotaryEmbedding": _contrib_rotary,
     "com.microsoft::GroupQueryAttention": group_query_attention,
 }  # fmt: skip

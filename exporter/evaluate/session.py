@@ -137,8 +137,7 @@ def evaluate_network(bundle: Bundle, flavor: str | None = None, causality: str =
     Raises:
         UserError: the bundle is of another target, or no TensorRT is installed.
     """
-    if bundle.manifest.target != "tensorrt":
-        raise UserError(f"{bundle.path} is for {bundle.manifest.target}; export it with --target tensorrt")
+    check_for_network(bundle)
     flavor, trt = installed(flavor)
     weights = load_graph(bundle.file(MODEL)).constants
 
@@ -148,6 +147,16 @@ def evaluate_network(bundle: Bundle, flavor: str | None = None, causality: str =
         return compile_network(trt, parsed.network, weights, owner=parsed)
 
     return EvaluatedSession(bundle, program, f"nemotron-export evaluation of the {flavor} network", trt.__version__)
+
+
+def check_for_network(bundle: Bundle) -> None:
+    """Refuse a bundle whose graph is not TensorRT's to parse.
+
+    Raises:
+        UserError: it is of another target.
+    """
+    if bundle.manifest.target != "tensorrt":
+        raise UserError(f"{bundle.path} is for {bundle.manifest.target}; export it with --target tensorrt")
 
 
 def installed(flavor: str | None = None) -> tuple[str, Any]:

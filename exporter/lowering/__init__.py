@@ -1,7 +1,7 @@
 """From the fused graph to a target: each fused op takes the target's form, and the graph its contract.
 
-Fused graphs take `write_indices` [batch] and `logits_indices` [batch, kept]; target `onnxruntime` has the contract of
-Hugging Face exports instead.
+Fused graphs over a cache take `write_indices` [batch] and `logits_indices` [batch, kept]; target `onnxruntime` has the
+contract of Hugging Face exports instead. Graphs of whole rows take `attention_mask` for either target.
 """
 
 from __future__ import annotations
@@ -11,54 +11,79 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from exporter.lowering.mask_contract import MaskContract
+from exporter.lowering.mask_contract import adopt_mask, keep_last_tokens
 from plugins.onnxruntime import CONTRIB_DOMAIN, GROUP_QUERY_ATTENTION, CannotLower
-from plugins.ops import DOMAIN, is_partial_rope_attention
-from plugins.tensorrt import ATTENTION, lower_to_standard_attention
-from runtime.contract import INPUT_IDS, WRITE_INDICES
+from plugins.ops import DOMAIN, is_fused, is_partial_rope_self_attention
+from plugins.standard import ATTENTION, lower_to_masked_attention, lower_to_standard_attention
+from runtime.contract import ATTENTION_MASK, INPUT_IDS, WRITE_INDICES
 from runtime.errors import UserError
 
 
 @dataclass(frozen=True)
-class Target:
+class Form:
     """What a graph is lowered to.
 
     Attributes:
         attention: the operator that each layer's attention becomes.
         opsets: domains of the lowered graph and their versions.
-        lower: turns a fused graph into this form, in place.
-        precisions: those that graphs of this target can have.
+        lower: turns a fused graph into this form, in place; tells what an operator could not do itself.
     """
 
     attention: str
     opsets: dict[str, int]
-    lower: Callable[[ir.Graph], None]
+    lower: Callable[[ir.Graph], list[str]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The forms of graphs with a cache and without, and the precisions that graphs of this target can have."""
+
+    cached: Form
+    uncached: Form
     precisions: tuple[str, ...]
 
-    @property
-    def opset(self) -> int:
-        """The version of ONNX's own operators."""
-        return self.opsets[""]
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a graph has become: the operator of its attentions, its opset, and what that operator left to others."""
+
+    attention: str
+    opset: int
+    fallbacks: tuple[str, ...]
 
 
-def _lower_to_standard_attention(graph: ir.Graph) -> None:
+def _to_standard_attention(graph: ir.Graph) -> list[str]:
     inputs = {value.name: value for value in graph.inputs}
     lower_to_standard_attention(graph, inputs[INPUT_IDS], inputs[WRITE_INDICES])
+    return []
+
+
+def _to_masked_attention(graph: ir.Graph) -> list[str]:
+    lower_to_masked_attention(graph, next(value for value in graph.inputs if value.name == ATTENTION_MASK))
+    return []
+
+
+def _to_masked_attention_and_last_logits(graph: ir.Graph) -> list[str]:
+    keep_last_tokens(graph)
+    return _to_masked_attention(graph)
 
 
 TARGETS = {
     "onnxruntime": Target(
-        GROUP_QUERY_ATTENTION,
-        # The newest that every consumer of these graphs reads; no operator in them has changed its meaning since.
-        {"": 21, CONTRIB_DOMAIN: 1},
-        lambda graph: MaskContract(graph).adopt(),
-        ("fp32",),
+        # The newest opset that every consumer of these graphs reads; no operator in them has changed its meaning since.
+        cached=Form(GROUP_QUERY_ATTENTION, {"": 21, CONTRIB_DOMAIN: 1}, adopt_mask),
+        uncached=Form(ATTENTION, {"": 23}, _to_masked_attention_and_last_logits),
+        precisions=("fp32",),
     ),
-    "tensorrt": Target(ATTENTION, {"": 24}, _lower_to_standard_attention, ("fp32", "fp16", "bf16")),
+    "tensorrt": Target(
+        cached=Form(ATTENTION, {"": 24}, _to_standard_attention),
+        uncached=Form(ATTENTION, {"": 24}, _to_masked_attention),
+        precisions=("fp32", "fp16", "bf16"),
+    ),
 }
 
 
-def lower(model: ir.Model, name: str, layers: int) -> Target:
+def lower(model: ir.Model, name: str, layers: int) -> Lowered:
     """Lower a fused graph in place; a graph already lowered stays as it is.
 
     Raises:
@@ -66,17 +91,23 @@ def lower(model: ir.Model, name: str, layers: int) -> Target:
     """
     if name not in TARGETS:
         raise UserError(f"unknown target {name!r}; known: {', '.join(TARGETS)}")
-    target = TARGETS[name]
-    if any(is_partial_rope_attention(node) for node in model.graph):
+    whole_rows = any(map(is_partial_rope_self_attention, model.graph)) or not any(
+        value.name is not None and value.name.startswith("past_key_values.") for value in model.graph.inputs
+    )
+    form = TARGETS[name].uncached if whole_rows else TARGETS[name].cached
+    fallbacks: list[str] = []
+    if any(map(is_fused, model.graph)):
         try:
-            target.lower(model.graph)
+            fallbacks = form.lower(model.graph)
         except CannotLower as error:
-            raise UserError(f"target {name}: {error}; this model cannot be exported to it yet") from error
+            raise UserError(
+                f"target {name}: {error}; export this model with --no-cache, or with --target tensorrt"
+            ) from error
     for identifier in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[identifier]
     model.opset_imports.pop(DOMAIN, None)
-    model.opset_imports.update(target.opsets)
-    lowered = sum(node.op_type == target.attention for node in model.graph)
+    model.opset_imports.update(form.opsets)
+    lowered = sum(node.op_type == form.attention for node in model.graph)
     if lowered != layers:
         raise UserError(f"target {name}: {lowered} attentions for {layers} layers; nothing was exported")
-    return target
+    return Lowered(form.attention, form.opsets[""], tuple(fallbacks))

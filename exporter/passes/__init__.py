@@ -2,38 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporter.passes.base import GraphPass, PassReport
 from exporter.passes.clean_up import CleanUp
+from exporter.passes.embeddings_as_input import EmbeddingsAsInput
 from exporter.passes.fold_layernorm1p import FoldLayerNorm1P
 from exporter.passes.fold_weight_transposes import FoldWeightTransposes
 from exporter.passes.fuse_partial_rope_attention import FusePartialRopeAttention
-from exporter.passes.requested_logits import RequestedLogits
+from exporter.passes.hand_out_layers import HandOutAttentions, HandOutHiddenStates
+from exporter.passes.requested_logits import PooledLogits, RequestedLogits
 from exporter.passes.set_precision import SetPrecision
 from exporter.passes.square_relu import SquareRelu
 from exporter.spec import NemotronSpec
+from exporter.tasks import GENERATION, SEQUENCES, GraphForm
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the passes make of a trace: a task's graph in a form and a precision."""
+
+    task: str = GENERATION
+    form: GraphForm = field(default_factory=GraphForm)
+    precision: str = "fp32"
 
 
 def pipeline(
-    spec: NemotronSpec, cos: NDArray[np.float32], sin: NDArray[np.float32], precision: str = "fp32"
+    spec: NemotronSpec, cos: NDArray[np.float32], sin: NDArray[np.float32], wanted: Wanted | None = None
 ) -> list[GraphPass]:
     """The passes in order.
 
     Args:
         spec: what the model has.
         cos, sin: the rotary tables, float32 [max_length, rotary_dim/2].
-        precision: one of `exporter.passes.set_precision.DTYPES`.
+        wanted: what the graph shall be (default: text generation with a cache, in fp32).
     """
+    wanted = wanted or Wanted()
+    form = wanted.form
+    pad_token = None if form.embeds else spec.pad_token
     return [
         FoldLayerNorm1P(spec.layers),
-        FusePartialRopeAttention(spec, cos, sin),
-        RequestedLogits(),
+        FusePartialRopeAttention(spec, cos, sin, position_ids=form.position_ids),
+        *([EmbeddingsAsInput(spec)] if form.embeds else []),
+        *([HandOutHiddenStates(spec)] if form.hidden_states else []),
+        *([HandOutAttentions(spec)] if form.attentions else []),
+        *([RequestedLogits()] if wanted.task == GENERATION else []),
+        *([PooledLogits(pad_token)] if wanted.task == SEQUENCES else []),
         SquareRelu(spec.layers if spec.activation == "relu2" else 0),
         FoldWeightTransposes(),
-        *([SetPrecision(precision)] if precision != "fp32" else []),
+        *([SetPrecision(wanted.precision)] if wanted.precision != "fp32" else []),
         CleanUp(),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,33 +27,55 @@ def rotary_rules() -> RewriteRuleSet:
     return RewriteRuleSet(rules)
 
 
-def attention_rules(spec: NemotronSpec, tables: list[ir.Value], write_indices: ir.Value) -> RewriteRuleSet:
+@dataclass(frozen=True)
+class Shared:
+    """What the fused ops of all layers read.
+
+    Attributes:
+        tables: cos and sin, float32 [max_length, rotary_dim/2].
+        write_indices: int64 [batch], where each row's new tokens go; None without a cache.
+        position_ids: int64 [batch, sequence]; None where they follow from `write_indices`.
+        attention_mask: int64 [batch, sequence]; None with a cache.
+    """
+
+    tables: tuple[ir.Value, ir.Value]
+    write_indices: ir.Value | None = None
+    position_ids: ir.Value | None = None
+    attention_mask: ir.Value | None = None
+
+
+def attention_rules(spec: NemotronSpec, shared: Shared) -> RewriteRuleSet:
     """Heads split, rotation, cache append, group expansion and attention of a layer become one fused op.
 
     Args:
         spec: heads and widths that the match must have.
-        tables: cos and sin, float32 [max_length, rotary_dim/2].
-        write_indices: int64 [batch], where each row's new tokens go.
+        shared: the fused op's inputs that are not of a layer.
     """
+    attributes = {
+        "heads": spec.heads,
+        "kv_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "rotary_dim": spec.rotary_dim,
+        "scale": spec.scale,
+        "_domain": DOMAIN,
+    }
 
     def check(_context: Any, attention: ir.Value, **values: ir.Value) -> MatchResult:
         return _check_attention(spec, attention, values)
 
-    def to_fused(
+    def to_cached(
         op: Any, q: ir.Value, k: ir.Value, v: ir.Value, past_key: ir.Value, past_value: ir.Value, **_: Any
     ) -> Any:
-        return op.PartialRopeAttention(
-            *(q, k, v, *tables, past_key, past_value, write_indices),
-            heads=spec.heads,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            rotary_dim=spec.rotary_dim,
-            scale=spec.scale,
-            _domain=DOMAIN,
-            _outputs=3,
-        )
+        given = () if shared.position_ids is None else (shared.position_ids,)
+        inputs = (q, k, v, *shared.tables, past_key, past_value, shared.write_indices, *given)
+        return op.PartialRopeAttention(*inputs, **attributes, _outputs=3)
 
-    return RewriteRuleSet([RewriteRule(_attention, to_fused, check, name="attention", remove_nodes=False)])
+    def to_whole(op: Any, q: ir.Value, k: ir.Value, v: ir.Value, **_: Any) -> Any:
+        inputs = (q, k, v, *shared.tables, shared.position_ids, shared.attention_mask)
+        return op.PartialRopeSelfAttention(*inputs, **attributes, _outputs=2)[0]
+
+    pattern, replacement = (_attention, to_whole) if shared.write_indices is None else (_cached_attention, to_cached)
+    return RewriteRuleSet([RewriteRule(pattern, replacement, check, name="attention", remove_nodes=False)])
 
 
 def why_unmatched(rules: RewriteRuleSet, model: ir.Model) -> str:
@@ -87,22 +110,36 @@ def _to_rotary(op: Any, x: ir.Value, cos: ir.Value, sin: ir.Value, **_: Any) -> 
     return op.PartialRotary(x, cos, sin, _domain=DOMAIN)
 
 
-def _attention(op: Any, q: Any, k: Any, v: Any, past_key: Any, past_value: Any, cos: Any, sin: Any, mask: Any) -> Any:
-    def heads_first(x: Any, name: str) -> Any:
-        return op.Transpose(op.Reshape(x, ANY_VALUE), perm=_HEADS_FIRST, _outputs=[name])
+def _heads_first(op: Any, x: Any, name: str) -> Any:
+    return op.Transpose(op.Reshape(x, ANY_VALUE), perm=_HEADS_FIRST, _outputs=[name])
 
-    def expanded(x: Any, name: str) -> Any:
-        grouped = op.Expand(op.Unsqueeze(x, [2]), ANY_VALUE)
-        return OrValue([op.Reshape(grouped, ANY_VALUE), x], name=name)  # one key/value head per query head: as it is
 
-    query = op.PartialRotary(heads_first(q, "query"), cos, sin, _domain=DOMAIN)
-    key = op.PartialRotary(heads_first(k, "key"), cos, sin, _domain=DOMAIN)
+def _expanded(op: Any, x: Any, name: str) -> Any:
+    grouped = op.Expand(op.Unsqueeze(x, [2]), ANY_VALUE)
+    return OrValue([op.Reshape(grouped, ANY_VALUE), x], name=name)  # one key/value head per query head: as it is
+
+
+def _attended(op: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    attention = op.Attention(
+        query, _expanded(op, key, "keys"), _expanded(op, value, "values"), mask, _outputs=["attention"]
+    )
+    return op.Reshape(op.Transpose(op.Reshape(attention, ANY_VALUE), perm=_HEADS_FIRST), ANY_VALUE)
+
+
+def _attention(op: Any, q: Any, k: Any, v: Any, cos: Any, sin: Any, mask: Any) -> Any:
+    query = op.PartialRotary(_heads_first(op, q, "query"), cos, sin, _domain=DOMAIN)
+    key = op.PartialRotary(_heads_first(op, k, "key"), cos, sin, _domain=DOMAIN)
+    return _attended(op, query, key, _heads_first(op, v, "value"), mask)
+
+
+def _cached_attention(
+    op: Any, q: Any, k: Any, v: Any, past_key: Any, past_value: Any, cos: Any, sin: Any, mask: Any
+) -> Any:
+    query = op.PartialRotary(_heads_first(op, q, "query"), cos, sin, _domain=DOMAIN)
+    key = op.PartialRotary(_heads_first(op, k, "key"), cos, sin, _domain=DOMAIN)
     present_key = op.Concat(past_key, key, axis=-2)
-    present_value = op.Concat(past_value, heads_first(v, "value"), axis=-2)
-    keys, values = expanded(present_key, "keys"), expanded(present_value, "values")
-    attention = op.Attention(query, keys, values, mask, _outputs=["attention"])
-    context = op.Reshape(op.Transpose(op.Reshape(attention, ANY_VALUE), perm=_HEADS_FIRST), ANY_VALUE)
-    return context, present_key, present_value
+    present_value = op.Concat(past_value, _heads_first(op, v, "value"), axis=-2)
+    return _attended(op, query, present_key, present_value, mask), present_key, present_value
 
 
 def _check_attention(spec: NemotronSpec, attention: ir.Value, values: dict[str, ir.Value]) -> MatchResult:

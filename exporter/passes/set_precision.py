@@ -1,4 +1,4 @@
-"""16 bit in the graph: weights, activations and cache in fp16 or bf16, LayerNorm and the logits handed out in fp32."""
+"""16 bit in the graph: weights, activations and cache in fp16 or bf16, LayerNorm and what is handed out in fp32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from exporter.passes.base import GraphPass
-from runtime.contract import LOGITS
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
@@ -16,7 +15,7 @@ class SetPrecision(GraphPass):
     """Every float of a fused fp32 graph takes the precision's dtype, except within LayerNorm.
 
     A LayerNorm keeps its weight and bias in fp32 and computes in fp32, between two casts: its variance and the +1 of
-    LayerNorm1P do not survive 16 bit. Logits are rounded to the precision and handed out as fp32.
+    LayerNorm1P do not survive 16 bit. Every output but the cache is rounded to the precision and handed out as fp32.
     """
 
     name: ClassVar[str] = "set_precision"
@@ -27,9 +26,7 @@ class SetPrecision(GraphPass):
     def apply(self, model: ir.Model) -> int:
         """Change the types and insert the casts; the count is of norms kept in fp32."""
         graph = model.graph
-        logits = next(value for value in graph.outputs if value.name == LOGITS)
-        producer = logits.producer()
-        if producer is not None and producer.op_type == "Cast":
+        if all(_is_cast(graph.outputs[place]) for place in self._handed_out(graph)):
             return 0
         norms = [node for node in graph if node.op_type == "LayerNormalization"]
         parameters = {value for node in norms for value in node.inputs[1:]}
@@ -39,7 +36,8 @@ class SetPrecision(GraphPass):
                 self._retype(value)
         for norm in norms:
             self._keep_in_fp32(graph, norm)
-        self._hand_out_fp32(graph, logits)
+        for place in self._handed_out(graph):
+            self._hand_out_fp32(graph, place)
         return len(norms)
 
     def _retype(self, value: ir.Value) -> None:
@@ -55,16 +53,32 @@ class SetPrecision(GraphPass):
         graph.insert_before(norm, before)
         norm.replace_input_with(0, before.outputs[0])
         after = _cast(normed, self.dtype)
-        ir.convenience.replace_all_uses_with(normed, after.outputs[0])
+        name, handed_out = normed.name, normed.is_graph_output()
+        ir.convenience.replace_all_uses_with(normed, after.outputs[0], replace_graph_outputs=True)
         after.replace_input_with(0, normed)
+        if handed_out:  # rounded, as everything that is
+            normed.name, after.outputs[0].name = f"{name}.exact", name
         normed.dtype = ir.DataType.FLOAT
         graph.insert_after(norm, after)
 
-    def _hand_out_fp32(self, graph: ir.Graph, logits: ir.Value) -> None:
-        cast = _cast(logits, ir.DataType.FLOAT)
+    @staticmethod
+    def _handed_out(graph: ir.Graph) -> list[int]:
+        """The places of the outputs that are not the cache's."""
+        return [place for place, value in enumerate(graph.outputs) if not str(value.name).startswith("present.")]
+
+    @staticmethod
+    def _hand_out_fp32(graph: ir.Graph, place: int) -> None:
+        value = graph.outputs[place]
+        name = value.name
+        cast = _cast(value, ir.DataType.FLOAT)
         graph.append(cast)
-        logits.name, cast.outputs[0].name = f"{LOGITS}.rounded", LOGITS
-        graph.outputs[list(graph.outputs).index(logits)] = cast.outputs[0]
+        value.name, cast.outputs[0].name = f"{name}.rounded", name
+        graph.outputs[place] = cast.outputs[0]
+
+
+def _is_cast(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == "Cast"
 
 
 def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:

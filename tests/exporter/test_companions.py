@@ -14,22 +14,25 @@ from transformers import NemotronConfig, PreTrainedTokenizerFast
 
 from exporter.checkpoint import Checkpoint
 from exporter.companions import check_companions, genai_config, write_companions, write_genai_config
+from exporter.tasks import TASKS
 from runtime.errors import UserError
+
+TEXT = TASKS["text-generation"]
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 
 
 def refusal(path: Path) -> UserError:
     with pytest.raises(UserError) as refused:
-        check_companions(Checkpoint.open(path))
+        check_companions(Checkpoint.open(path), TEXT)
     return refused.value
 
 
 def written(path: Path, target: Path, max_length: int = 64) -> Path:
     target.mkdir()
     checkpoint = Checkpoint.open(path)
-    check_companions(checkpoint)
-    write_companions(checkpoint, target)
+    check_companions(checkpoint, TEXT)
+    write_companions(checkpoint, target, TEXT)
     write_genai_config(checkpoint, target, max_length)
     return target
 
@@ -64,7 +67,7 @@ def test_a_tokenizer_of_a_larger_vocabulary_is_refused(small_copy: Path) -> None
 
 def test_an_added_token_beyond_the_vocabulary_is_refused(small_copy: Path) -> None:
     tokenizer = Tokenizer.from_file(str(small_copy / "tokenizer.json"))
-    check_companions(Checkpoint.open(small_copy))  # its last word is the last the model knows
+    check_companions(Checkpoint.open(small_copy), TEXT)  # its last word is the last the model knows
     tokenizer.add_special_tokens([AddedToken("<extra>")])
     tokenizer.save(str(small_copy / "tokenizer.json"))
     assert_tells(refusal(small_copy), small_copy / "tokenizer.json", "token id 97")

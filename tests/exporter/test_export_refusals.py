@@ -184,7 +184,7 @@ WRITERS = (
     "exporter.export.ir.save",
     "exporter.export.write_companions",
     "runtime.manifest.Manifest.save",
-    "exporter.export.run_gate",
+    "exporter.export.gate",
     "runtime.golden.Golden.save",
 )
 

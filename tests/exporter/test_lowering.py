@@ -14,7 +14,7 @@ from transformers import NemotronForCausalLM
 
 from exporter.lowering import lower
 from exporter.passes import pipeline, run
-from exporter.trace import rope_tables
+from exporter.rope import rope_tables
 from runtime.errors import UserError
 
 LAYERS, KV_HEADS, HEAD_DIM = 4, 2, 64

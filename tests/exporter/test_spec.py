@@ -15,7 +15,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.nemotron.modeling_nemotron import NemotronRotaryEmbedding
 
-from exporter.spec import LEARNED_ACTIVATIONS, STATIC_ROPE_TYPES, NemotronSpec, read_spec, spec_from_config
+from exporter.rope import ROPE_TYPES
+from exporter.spec import LEARNED_ACTIVATIONS, NemotronSpec, read_spec, spec_from_config
 from runtime.errors import UserError
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -29,7 +30,19 @@ ROPES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 32,
     },
     "yarn": {"factor": 2.0, "original_max_position_embeddings": 32},
+    "dynamic": {"factor": 2.0},
 }
+
+
+def frequency_factors(factor: float) -> dict[str, Any]:
+    """What longrope needs for a head of 32 channels of which this part rotates."""
+    pairs = int(32 * factor) // 2
+    return {
+        "short_factor": [1.0 + pair / 8 for pair in range(pairs)],
+        "long_factor": [2.0] * pairs,
+        "original_max_position_embeddings": 32,
+        "factor": 2.0,
+    }
 
 
 def spec_of(drop: tuple[str, ...] = (), **values: Any) -> NemotronSpec:
@@ -74,10 +87,11 @@ def test_the_rotary_factor_is_found_where_old_and_new_files_keep_it() -> None:
     assert spec_of(drop=("rope_parameters",)).rotary_dim == 16  # a Nemotron rotates half where nothing is said
 
 
-@pytest.mark.parametrize("rope_type", STATIC_ROPE_TYPES)
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
 @pytest.mark.parametrize("factor", [0.25, 0.5, 1.0])
 def test_as_many_channels_rotate_as_transformers_gives_angles_to(rope_type: str, factor: float) -> None:
-    rope = {"rope_type": rope_type, "rope_theta": 1e4, "partial_rotary_factor": factor, **ROPES[rope_type]}
+    own = frequency_factors(factor) if rope_type == "longrope" else ROPES[rope_type]
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "partial_rotary_factor": factor, **own}
     spec = spec_of(rope_parameters=rope)
     cos, _ = NemotronRotaryEmbedding(spec.config)(torch.zeros(1), torch.arange(3)[None])
     assert (spec.rope_type, spec.rotary_dim) == (rope_type, cos.shape[-1])
@@ -89,25 +103,22 @@ def test_an_odd_number_of_rotating_channels_is_rounded_up_to_pairs() -> None:
     assert spec.rotary_dim == cos.shape[-1] == 16
 
 
-def test_every_rope_type_of_transformers_is_either_known_or_refused() -> None:
-    for rope_type in sorted(set(ROPE_INIT_FUNCTIONS) - set(STATIC_ROPE_TYPES)):
-        error = refusal(rope_parameters={"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0})
-        assert_tells(error, "c/config.json", repr(rope_type), *STATIC_ROPE_TYPES)
-    assert {"dynamic", "longrope"}.isdisjoint(STATIC_ROPE_TYPES)  # their tables change with the length
+def test_every_rope_type_of_transformers_is_known() -> None:
+    assert {"default", *ROPE_INIT_FUNCTIONS} == set(ROPE_TYPES)
 
 
 @pytest.mark.parametrize(
     "values",
     [
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_scaling": {"type": "axial", "factor": 2.0}},
         {"rope_scaling": {"rope_type": "bogus"}},
-        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "axial", "factor": 2.0}},
         {"rope_parameters": {"rope_type": ["default"]}},
     ],
     ids=["older name", "unknown", "older name wins", "list"],
 )
 def test_an_unknown_rope_type_is_refused_with_the_known_ones(values: dict[str, Any]) -> None:
-    assert_tells(refusal(**values), "c/config.json", "rope type", *STATIC_ROPE_TYPES)
+    assert_tells(refusal(**values), "c/config.json", "rope type", *ROPE_TYPES)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", None, ["relu2"], *LEARNED_ACTIVATIONS])

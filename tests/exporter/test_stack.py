@@ -9,8 +9,9 @@ from checkpoints import SMALL
 
 from exporter.passes import pipeline, run
 from exporter.passes.clean_up import CleanUp
+from exporter.rope import rope_tables
 from exporter.spec import spec_from_config
-from exporter.trace import rope_tables, trace, trace_whole
+from exporter.trace import trace, trace_whole
 
 
 def shape_of(model: ir.Model) -> list[tuple[Any, ...]]:

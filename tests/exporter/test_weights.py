@@ -23,11 +23,15 @@ from transformers import NemotronConfig, NemotronForCausalLM
 
 from exporter.checkpoint import Checkpoint
 from exporter.recipe import derive
+from exporter.tasks import TASKS
 from exporter.weights import check_tensors, expected_shapes, weight_bytes, weight_source, write_weights
 from runtime.errors import UserError
 
 NORM, PROJECTION, EMBEDDING = "model.norm.weight", "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"
 SHAPES = {NORM: (64,), PROJECTION: (96, 64), EMBEDDING: (97, 64)}
+
+
+TEXT = TASKS["text-generation"]
 
 
 @pytest.fixture
@@ -186,7 +190,7 @@ def test_the_weights_that_are_asked_for_are_those_of_transformers_model(small_co
     spec_values(small_copy, **options)
     model = NemotronForCausalLM(NemotronConfig(**SMALL, **options))  # in memory, not on the meta device
     theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert expected_shapes(Checkpoint.open(small_copy).spec) == theirs
+    assert expected_shapes(Checkpoint.open(small_copy).spec, TEXT) == theirs
     assert ("lm_head.weight" in theirs) == (not options.get("tie_word_embeddings"))
 
 
@@ -197,13 +201,13 @@ def test_the_weights_that_are_asked_for_are_those_of_transformers_model(small_co
 def test_any_tensor_that_is_missing_or_misshapen_is_found_before_work(small_copy: Path, name: str) -> None:
     file = small_copy / "model.safetensors"
     tensors = by_hand.read(file)
-    check_tensors(expected_shapes(Checkpoint.open(small_copy).spec), Checkpoint.open(small_copy))
+    check_tensors(expected_shapes(Checkpoint.open(small_copy).spec, TEXT), Checkpoint.open(small_copy), TEXT)
     dtype, shape, content = tensors.pop(name)
     for replaced, named in (({}, "missing"), ({name: (dtype, [*shape, 1], content)}, str([*shape, 1]))):
         by_hand.write(file, tensors | replaced)
         checkpoint = Checkpoint.open(small_copy)
         with pytest.raises(UserError) as refused:
-            check_tensors(expected_shapes(checkpoint.spec), checkpoint)
+            check_tensors(expected_shapes(checkpoint.spec, TEXT), checkpoint, TEXT)
         assert_tells(refused.value, small_copy, name, named)
 
 
@@ -220,7 +224,7 @@ def test_tied_embeddings_are_found_under_either_name(small_copy: Path, stored: s
     tied = Checkpoint.open(small_copy)
     assert weight_source(other, tied) == weight_source(stored, tied) == stored
     assert weight_source(NORM, tied) == NORM
-    check_tensors(expected_shapes(tied.spec), tied)
+    check_tensors(expected_shapes(tied.spec, TEXT), tied, TEXT)
 
 
 def test_weights_that_the_configuration_has_no_place_for_are_not_dropped_silently(small_copy: Path) -> None:
@@ -229,7 +233,7 @@ def test_weights_that_the_configuration_has_no_place_for_are_not_dropped_silentl
     (small_copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     checkpoint = Checkpoint.open(small_copy)
     with pytest.raises(UserError) as refused:
-        check_tensors(expected_shapes(checkpoint.spec), checkpoint)
+        check_tensors(expected_shapes(checkpoint.spec, TEXT), checkpoint, TEXT)
     assert_tells(refused.value, "model.layers.1.", "have no place")
 
 
@@ -238,4 +242,4 @@ def test_the_frequencies_that_older_checkpoints_store_are_no_obstacle(small_copy
     buffer = by_hand.from_float32(np.ones(8, np.float32), "F32")
     by_hand.write(small_copy / "model.safetensors", {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": buffer})
     checkpoint = Checkpoint.open(small_copy)
-    check_tensors(expected_shapes(checkpoint.spec), checkpoint)
+    check_tensors(expected_shapes(checkpoint.spec, TEXT), checkpoint, TEXT)

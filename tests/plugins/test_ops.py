@@ -15,8 +15,16 @@ from transformers import DynamicCache, NemotronConfig
 from transformers.models.nemotron.modeling_nemotron import NemotronAttention, NemotronRotaryEmbedding
 
 from plugins.onnxruntime import CannotLower, lower_to_group_query_attention
-from plugins.ops import BODY_OPSET, DOMAIN, PARTIAL_ROPE_ATTENTION, partial_rope_attention_function
-from plugins.reference import partial_rope_attention
+from plugins.ops import (
+    BODY_OPSET,
+    DOMAIN,
+    PARTIAL_ROPE_ATTENTION,
+    PARTIAL_ROPE_SELF_ATTENTION,
+    partial_rope_attention_function,
+    partial_rope_self_attention_function,
+)
+from plugins.reference import partial_rope_attention, partial_rope_self_attention
+from plugins.standard import lower_to_masked_attention
 
 INPUTS = ("query", "key", "value", "cos", "sin", "past_key", "past_value", "write_indices")
 OUTPUTS = ("context", "present_key", "present_value")
@@ -160,7 +168,7 @@ def test_group_query_attention_gives_what_the_fused_op_means(starts: list[int], 
     last_key = ir.val("last_key", dtype=ir.DataType.INT32, shape=["batch"])
     total = ir.val("total", dtype=ir.DataType.INT32, shape=[])
     model.graph.inputs.extend([last_key, total])
-    assert lower_to_group_query_attention(model.graph, last_key, total) == 1
+    assert lower_to_group_query_attention(model.graph, last_key, total, positions_are_not_needed) == []
     model.functions.clear()
     model.graph.opset_imports.update({"": 21, "com.microsoft": 1})
     model.graph.inputs.pop(INPUTS.index("write_indices"))
@@ -174,7 +182,69 @@ def test_group_query_attention_gives_what_the_fused_op_means(starts: list[int], 
             np.testing.assert_allclose(ours[row, :, : start + sequence], theirs[row, :, : start + sequence], atol=2e-6)
 
 
-def test_rotary_width_that_onnxruntime_would_misread_is_refused_with_the_limit() -> None:
+def positions_are_not_needed() -> ir.Value:
+    raise AssertionError("rotation is inside the attention")
+
+
+def test_a_rotary_width_that_the_attention_would_misread_is_rotated_ahead_of_it() -> None:
     model = fused_model({**SHAPE, "rotary_dim": 24})
-    with pytest.raises(CannotLower, match="24 is not a multiple of 16"):
-        lower_to_group_query_attention(model.graph, ir.val("last_key"), ir.val("total"))
+    told = lower_to_group_query_attention(model.graph, ir.val("last_key"), ir.val("total"), lambda: ir.val("positions"))
+    assert len(told) == 1
+    assert "rotary_dim 24" in told[0]
+    operators = [node.op_type for node in model.graph]
+    assert operators == ["RotaryEmbedding", "RotaryEmbedding", "GroupQueryAttention"]
+    assert "do_rotary" not in next(node for node in model.graph if node.op_type == "GroupQueryAttention").attributes
+
+
+def test_a_head_width_that_onnxruntime_refuses_is_refused_with_the_limit() -> None:
+    model = fused_model({**SHAPE, "head_dim": 44})
+    with pytest.raises(CannotLower, match="44 is not a multiple of 8"):
+        lower_to_group_query_attention(model.graph, ir.val("last_key"), ir.val("total"), positions_are_not_needed)
+
+
+def self_attention_model(shape: dict[str, int]) -> ir.Model:
+    """A graph of one fused op of whole rows."""
+    heads, kv_heads, width = shape["heads"], shape["kv_heads"], shape["head_dim"]
+    tokens = ["batch", "sequence"]
+    shapes: dict[str, list[int | str]] = {
+        "query": [*tokens, heads * width],
+        "key": [*tokens, kv_heads * width],
+        "value": [*tokens, kv_heads * width],
+        "cos": [POSITIONS, shape["rotary_dim"] // 2],
+        "sin": [POSITIONS, shape["rotary_dim"] // 2],
+        "position_ids": [*tokens],
+        "attention_mask": [*tokens],
+    }
+    values = [ir.val(name, dtype=ir.DataType.FLOAT, shape=dims) for name, dims in shapes.items()]
+    for value in values[-2:]:
+        value.dtype = ir.DataType.INT64
+    node = ir.node(PARTIAL_ROPE_SELF_ATTENTION, values, {**shape, "scale": width**-0.5}, domain=DOMAIN, num_outputs=2)
+    for output, name, dims in zip(
+        node.outputs, ("context", "weights"), (shapes["query"], ["batch", heads, "sequence", "sequence"]), strict=True
+    ):
+        output.name, output.dtype, output.shape = name, ir.DataType.FLOAT, ir.Shape(dims)
+    graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": BODY_OPSET, DOMAIN: 1}, name="fused")
+    return ir.Model(graph, ir_version=11, functions=[partial_rope_self_attention_function()])
+
+
+@pytest.mark.parametrize("lowered", [False, True], ids=["function body", "standard operators"])
+def test_whole_rows_give_what_numpy_gives_with_padding_on_either_side(lowered: bool) -> None:
+    random, width = np.random.default_rng(0), SHAPE["head_dim"]
+    dims = [SHAPE["heads"] * width, SHAPE["kv_heads"] * width, SHAPE["kv_heads"] * width]
+    arrays = [random.standard_normal((3, 6, dim), np.float32) for dim in dims]
+    positions = random.integers(0, POSITIONS, size=(3, 6))
+    mask = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 0, 1]])
+    values = [*arrays, *tables(SHAPE["rotary_dim"]), positions, mask]
+    expected = partial_rope_self_attention(*values, heads=4, kv_heads=2, scale=width**-0.5)
+    model = self_attention_model(SHAPE)
+    if lowered:
+        assert lower_to_masked_attention(model.graph, model.graph.inputs[-1]) == 1
+        model.functions.clear()
+    names = [value.name for value in model.graph.inputs]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    found = session.run(["context", "weights"], dict(zip(names, values, strict=True)))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.isfinite(ours).all()
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import NemotronConfig, NemotronForCausalLM
+from transformers import NemotronConfig
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -24,10 +25,17 @@ SMALL: dict[str, Any] = {
 }
 
 
-def write_checkpoint(directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> Path:
+def write_checkpoint(
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    architecture: str = "NemotronForCausalLM",
+    **config: Any,
+) -> Path:
     """Write a random checkpoint with a tokenizer of one word per id; `config` goes over SMALL."""
     torch.manual_seed(seed)
-    model = NemotronForCausalLM(NemotronConfig(**{**SMALL, **config}))
+    model = getattr(transformers, architecture)(NemotronConfig(**{**SMALL, **config}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.3 if "norm" in name or "bias" in name else parameter.shape[-1] ** -0.5)

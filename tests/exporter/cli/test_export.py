@@ -158,12 +158,13 @@ def test_without_torch_the_command_that_installs_it_is_named(command, tmp_path, 
 
 
 def test_the_choices_are_what_the_exporter_and_the_runtime_know():
-    from exporter import export, lowering
+    from exporter import export, lowering, tasks
     from exporter.cli import _options
     from exporter.cli import export as command
     from runtime import session
 
-    assert tuple(export.TASKS) == command.TASKS
+    assert tuple(tasks.TASKS) == command.TASKS
+    assert export.INPUTS == command.INPUTS
     assert tuple(lowering.TARGETS) == command.TARGETS
     assert {p for target in lowering.TARGETS.values() for p in target.precisions} == set(command.PRECISIONS)
     assert (session.BACKENDS, session.DEVICES) == (_options.BACKENDS, _options.DEVICES)

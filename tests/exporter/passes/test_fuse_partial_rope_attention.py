@@ -13,7 +13,7 @@ from exporter.passes.base import PassFailed
 from exporter.passes.clean_up import CleanUp
 from exporter.passes.fold_layernorm1p import FoldLayerNorm1P
 from exporter.passes.fuse_partial_rope_attention import FusePartialRopeAttention
-from exporter.trace import rope_tables
+from exporter.rope import rope_tables
 
 
 def fuse(traced: Any, change: Callable[[ir.Model], None], **config: Any) -> None:

@@ -10,8 +10,11 @@ import pytest
 
 from exporter.passes import pipeline, run
 from exporter.recipe import is_weight, recipe_of
-from exporter.trace import rope_tables
+from exporter.rope import rope_tables
+from exporter.tasks import TASKS
 from plugins.ops import is_partial_rope_attention
+
+TEXT = TASKS["text-generation"]
 
 STRUCTURES = {
     "grouped": {},
@@ -61,8 +64,10 @@ def test_the_graph_names_every_weight_of_the_checkpoint_once(traced: Any) -> Non
 
     spec, model, _ = optimized(traced)
     recipes = [recipe_of(value) for value in model.graph.initializers.values() if is_weight(value)]
-    assert sorted(recipe.tensor for recipe in recipes) == sorted(expected_shapes(spec))
-    assert {r.tensor for r in recipes if r.plus_one} == {n for n in expected_shapes(spec) if n.endswith("norm.weight")}
+    assert sorted(recipe.tensor for recipe in recipes) == sorted(expected_shapes(spec, TEXT))
+    assert {r.tensor for r in recipes if r.plus_one} == {
+        n for n in expected_shapes(spec, TEXT) if n.endswith("norm.weight")
+    }
 
 
 def test_the_fused_graph_has_the_contract_that_targets_are_lowered_from(traced: Any) -> None:
