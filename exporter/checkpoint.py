@@ -1,33 +1,21 @@
-"""A checkpoint directory: its spec, and its tensors read lazily, one at a time."""
+"""A checkpoint directory: its spec, and its tensors read lazily, one at a time, with an adapter's change merged in."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from exporter.adapter import Adapter
+from exporter.hub import locate, repository_name
 from exporter.spec import NemotronSpec, read_spec
+from exporter.tensor_files import TensorInfo, content, read_checkpoint_headers, read_tensor
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-FLOATS = ("F32", "F16", "BF16")  # safetensors' names of the dtypes a Nemotron checkpoint may hold
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies: its file, its safetensors dtype name and its shape."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -37,24 +25,42 @@ class Checkpoint:
     path: Path
     spec: NemotronSpec
     tensors: Mapping[str, TensorInfo]
+    adapter: Adapter | None = None
     _digests: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
-        """Open a Hugging Face checkpoint directory and read the headers of its safetensors files.
+    def open(cls, checkpoint: Path | str, adapter: Path | None = None, *, revision: str | None = None) -> Checkpoint:
+        """Open a Hugging Face checkpoint and read the headers of its weights, safetensors or pickles.
+
+        Args:
+            checkpoint: a directory, or a hub id, whose snapshot is downloaded or found in the cache.
+            adapter: a directory that `peft` saved a LoRA adapter to.
+            revision: the branch, tag or commit of a hub id.
 
         Raises:
-            UserError: not a directory, not a Nemotron, or a missing, truncated or inconsistent shard.
+            UserError: neither a directory nor an id that is found, not a Nemotron, a missing, truncated or inconsistent
+                shard, or an adapter that is not for this checkpoint or not of a known kind.
         """
-        if not path.is_dir():
-            raise UserError(f"{path} is not a directory; download the checkpoint first (`hf download …`)")
+        path = locate(checkpoint, revision)
         spec = read_spec(path)
-        return cls(path, spec, _read_headers(path))
+        tensors = read_checkpoint_headers(path)
+        return cls(path, spec, tensors, None if adapter is None else Adapter.open(adapter, tensors, tied=spec.tied))
 
     @property
     def name(self) -> str:
-        """The directory's name, as bundles are called after it."""
-        return self.path.resolve().name
+        """What bundles are called after: the directory's name, or that of the repository it is a snapshot of."""
+        path = self.path.resolve()
+        return repository_name(path) or path.name
+
+    @property
+    def safetensors(self) -> bool:
+        """Whether the weights come from safetensors files; from pickles otherwise."""
+        return not any(info.pickled for info in self.tensors.values())
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        """Names of the tensors that the adapter changes, which `read` returns in fp32."""
+        return frozenset(self.adapter.changes) if self.adapter else frozenset()
 
     def require(self, name: str, shape: tuple[int, ...]) -> None:
         """Check that a tensor exists with the shape that the configuration implies.
@@ -72,86 +78,28 @@ class Checkpoint:
             )
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor in its stored dtype, check it, and note its digest for the fingerprint.
+        """Read one tensor, check it, and note its digest for the fingerprint.
+
+        It has its stored dtype, but fp32 where the adapter changes it: rounding back to 16 bit would lose most of a
+        small change.
 
         Raises:
             UserError: the file cannot be read, or the tensor holds NaN or infinity.
         """
-        import torch
-
         info = self.tensors[name]
-        with _opened(info.file) as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{info.file}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
+        tensor = read_tensor(name, info)
         header = f"{name} {info.dtype} {list(info.shape)} "
         digest = hashlib.sha256(header.encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(content(tensor))
         self._digests[name] = digest.hexdigest()
-        return tensor
+        if self.adapter is None or name not in self.adapter.changes:
+            return tensor
+        merged, self._digests[f"{name} adapted"] = self.adapter.merge(name, tensor)
+        return merged
 
     def fingerprint(self) -> str:
-        """sha256 over the sorted digests of (name, dtype, shape, bytes) of every tensor that was read."""
+        """sha256 over the sorted digests of (name, dtype, shape, bytes) of every tensor that was read.
+
+        Where there is an adapter, the digests of its changes are among them.
+        """
         return hashlib.sha256("\n".join(sorted(self._digests.values())).encode()).hexdigest()
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}); it is damaged or truncated") from error
-    except RuntimeError as error:  # torch maps the whole file, which counts as memory
-        raise UserError(
-            f"{path} cannot be mapped into memory ({error}); free memory, or save smaller shards"
-        ) from error
-
-
-def _read_headers(path: Path) -> dict[str, TensorInfo]:
-    shards = _shards(path)
-    tensors: dict[str, TensorInfo] = {}
-    for shard, expected in shards.items():
-        if not shard.is_file():
-            raise UserError(f"{shard} is missing: the checkpoint is incomplete; download it again")
-        with _opened(shard) as file:
-            names = set(file.keys())
-            for name in sorted(expected - names):
-                raise UserError(f"{shard}: tensor {name} is missing though {INDEX} lists it; download it again")
-            for name in names:
-                if name in tensors:
-                    raise UserError(
-                        f"{shard}: tensor {name} is also in {tensors[name].file.name}; delete one of the two"
-                    )
-                view = file.get_slice(name)
-                tensors[name] = TensorInfo(shard, view.get_dtype(), tuple(view.get_shape()))
-    for name, info in tensors.items():
-        if info.dtype not in FLOATS:
-            raise UserError(f"{info.file}: tensor {name} is {info.dtype}; convert it, known: {', '.join(FLOATS)}")
-    return tensors
-
-
-def _shards(path: Path) -> dict[Path, set[str]]:
-    """Every safetensors file of the checkpoint, with the tensors that the index expects in it.
-
-    Where there are both a single file and an index, the single file counts, as it does for transformers.
-    """
-    single, index = path / SINGLE, path / INDEX
-    if single.is_file():
-        return {single: set()}
-    if not index.is_file():
-        raise UserError(f"{path} has neither {SINGLE} nor {INDEX}; convert the checkpoint to safetensors")
-    try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except OSError as error:
-        raise UserError(f"cannot read {index}: {error.strerror}; change its permissions or copy it again") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is not a safetensors index ({error!r}); download it again") from error
-    shards: dict[Path, set[str]] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{index} names {file!r}, which is not a file of this directory; download it again")
-        shards.setdefault(path / file, set()).add(name)
-    return shards

@@ -49,6 +49,8 @@ class ExportOptions:
         output_hidden_states, output_attentions: what each layer gives is handed out.
         verify: run the parity gate; without it the bundle has no golden cases.
         force: replace a bundle that exists.
+        adapter: a directory with a LoRA adapter to merge into the checkpoint.
+        revision: branch, tag or commit, where the checkpoint is a hub id.
     """
 
     task: str | None = None
@@ -62,6 +64,8 @@ class ExportOptions:
     output_attentions: bool = False
     verify: bool = True
     force: bool = False
+    adapter: Path | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,15 +89,15 @@ class ExportResult:
 
 
 def export(
-    checkpoint_path: Path,
+    checkpoint_path: Path | str,
     bundle_path: Path | None,
     options: ExportOptions,
     progress: Progress = lambda *_: None,
 ) -> ExportResult:
-    """Export a Hugging Face checkpoint directory to a bundle.
+    """Export a Hugging Face checkpoint to a bundle.
 
     Args:
-        checkpoint_path: the checkpoint's directory.
+        checkpoint_path: the checkpoint's directory, or its hub id.
         bundle_path: where the bundle goes (default: `artifacts/<checkpoint>-<target>-<precision>`).
         options: what to export.
         progress: called with a stage ("trace", "passes", "weights", "verify"), what is done of it and how much
@@ -103,7 +107,7 @@ def export(
         UserError: something in the checkpoint, the options or the destination must change.
         CheckFailed: the export differs from transformers; no bundle is left.
     """
-    checkpoint = Checkpoint.open(checkpoint_path)
+    checkpoint = Checkpoint.open(checkpoint_path, options.adapter, revision=options.revision)
     destination = bundle_path or Path("artifacts") / f"{checkpoint.name}-{options.target}-{options.precision}"
     _check_place(destination, checkpoint, options.force)
     plan = _plan(options, checkpoint)
@@ -140,11 +144,13 @@ def export(
 
 def _check_place(destination: Path, checkpoint: Checkpoint, force: bool) -> None:
     check_destination(destination, force)
-    if checkpoint.path.resolve().is_relative_to(destination.resolve()):
-        raise UserError(
-            f"the checkpoint {checkpoint.path} lies in {destination}, which --force would delete; "
-            "choose another place for the bundle"
-        )
+    sources = [("checkpoint", checkpoint.path), *([("adapter", checkpoint.adapter.path)] if checkpoint.adapter else [])]
+    for what, path in sources:
+        if path.resolve().is_relative_to(destination.resolve()):
+            raise UserError(
+                f"the {what} {path} lies in {destination}, which --force would delete; "
+                "choose another place for the bundle"
+            )
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,11 @@ def _manifest(
     return Manifest(
         tool=f"nemotron-export {__version__}",
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        source=Source(name=checkpoint.name, fingerprint=checkpoint.fingerprint()),
+        source=Source(
+            name=checkpoint.name,
+            fingerprint=checkpoint.fingerprint(),
+            adapter=checkpoint.adapter.name if checkpoint.adapter else None,
+        ),
         task=plan.task.name,
         target=plan.target,
         precision=plan.precision,

@@ -74,19 +74,29 @@ class _Step:
         return self.past[:, None] + within
 
 
-def verify(bundle: Path, checkpoint: Path, progress: Progress = lambda *_: None, *, network: bool = False) -> Parity:
+def verify(
+    bundle: Path,
+    checkpoint: Path | str,
+    progress: Progress = lambda *_: None,
+    *,
+    network: bool = False,
+    adapter: Path | None = None,
+    revision: str | None = None,
+) -> Parity:
     """Check a bundle against the checkpoint it was made from, as `export` does.
 
     Args:
         bundle: the bundle's directory.
-        checkpoint: the Hugging Face checkpoint's directory.
+        checkpoint: the Hugging Face checkpoint's directory, or its hub id.
         progress: called with "verify", the cases done and their number.
         network: check what the installed TensorRT's parser makes of the graph, mended as `build` mends it, instead.
+        adapter, revision: as `export` was given them.
 
     Raises:
         UserError: either cannot be opened, they are not of one architecture, or no TensorRT is installed.
     """
-    return gate(Bundle.open(bundle), Checkpoint.open(checkpoint), progress, network=network).parity
+    opened = Bundle.open(bundle)
+    return gate(opened, Checkpoint.open(checkpoint, adapter, revision=revision), progress, network=network).parity
 
 
 def gate(

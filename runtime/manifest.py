@@ -26,10 +26,11 @@ PLAN = "model.plan"  # in a directory of its own under that
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Record):
-    """The checkpoint: its name, and the sha256 over its sorted tensors."""
+    """The checkpoint: its name, the sha256 over its sorted tensors, and the name of the adapter merged into it."""
 
     name: str
     fingerprint: str
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from gpu_machine import Machine
 
 # Before torch loads OpenMP: threads that spin while they wait make tests many times slower where cores are busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub, not even for a name that looks like one of its own
 
 TINY = Path(__file__).parents[1] / "artifacts" / "tiny-nemotron"
 

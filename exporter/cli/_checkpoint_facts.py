@@ -1,4 +1,7 @@
-"""What a checkpoint's configuration and safetensors headers say, read with the standard library alone."""
+"""What a checkpoint's configuration and safetensors headers say, read with the standard library alone.
+
+Pickles are measured and not opened: that needs torch.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint import INDEX, SINGLE
+from exporter.tensor_files import LAYOUTS, is_pickle
 from exporter.text_files import read_object
 from runtime.errors import UserError
 from runtime.manifest import CONFIG
@@ -34,22 +37,24 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
 
     The configuration is shown as it is written, not as transformers completes it: that is `exporter.spec`'s.
 
+    Where the weights are pickles, "parameters" and "tensors" are None and "dtypes" is empty.
+
     Raises:
         UserError: the configuration or a header cannot be read, or a weight file is missing or truncated.
     """
     config = read_object(path / CONFIG)
-    headers = {name: read_header(path / name) for name in _weight_files(path)}
-    tensors = [tensor for header in headers.values() for tensor in header]
+    files = {name: _size(path / name) for name in _weight_files(path)}
+    pickled = any(is_pickle(path / name) for name in files)
+    tensors = [] if pickled else [tensor for name in files for tensor in read_header(path / name)]
     dtypes = Counter(dtype for dtype, _ in tensors)
-    files = {name: (path / name).stat().st_size for name in headers}
     return {
         "schema": 1,
         "kind": "checkpoint",
         "path": str(path),
         "model_type": config.get("model_type"),
         "architecture": _architecture(config),
-        "parameters": sum(count for _, count in tensors),
-        "tensors": len(tensors),
+        "parameters": None if pickled else sum(count for _, count in tensors),
+        "tensors": None if pickled else len(tensors),
         "dtypes": dict(dtypes.most_common()),
         "bytes": sum(files.values()),
         "files": files,
@@ -63,7 +68,7 @@ def read_header(path: Path) -> list[tuple[str, int]]:
     (https://huggingface.co/docs/safetensors).
 
     Raises:
-        UserError: the file is missing, no safetensors, or shorter or longer than its header says.
+        UserError: the file is no safetensors, or shorter or longer than its header says.
     """
     try:
         with path.open("rb") as file:
@@ -72,8 +77,6 @@ def read_header(path: Path) -> list[tuple[str, int]]:
         entries = [entry for name, entry in header.items() if name != "__metadata__"]
         tensors = [(str(entry["dtype"]), prod(map(int, entry["shape"]))) for entry in entries]
         expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: the checkpoint is incomplete; download it again") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} is no safetensors file ({error!r}); download it again") from error
     if (found := path.stat().st_size) != expected:
@@ -81,16 +84,24 @@ def read_header(path: Path) -> list[tuple[str, int]]:
     return tensors
 
 
+def _size(file: Path) -> int:
+    if not file.is_file():
+        raise UserError(f"{file} is missing: the checkpoint is incomplete; download it again")
+    return file.stat().st_size
+
+
 def _weight_files(path: Path) -> list[str]:
-    if (path / SINGLE).is_file():  # where there is an index too, this is the one that counts
-        return [SINGLE]
-    if (path / INDEX).is_file():
-        weights = read_object(path / INDEX).get("weight_map")
-        names = set(weights.values()) if isinstance(weights, dict) else {None}
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise UserError(f"{path / INDEX} has no weight_map of files beside it; download it again")
-        return sorted(map(str, names))
-    raise UserError(f"{path} has neither {SINGLE} nor {INDEX}; convert the checkpoint to safetensors")
+    for single, index in LAYOUTS:
+        if (path / single).is_file():  # where there is an index too, this is the one that counts
+            return [single]
+        if (path / index).is_file():
+            weights = read_object(path / index).get("weight_map")
+            names = set(weights.values()) if isinstance(weights, dict) else {None}
+            if not all(isinstance(name, str) and Path(name).name == name for name in names):
+                raise UserError(f"{path / index} has no weight_map of files beside it; download it again")
+            return sorted(map(str, names))
+    known = ", ".join(name for layout in LAYOUTS for name in layout)
+    raise UserError(f"{path} has no weights, which should be in one of {known}; download the checkpoint again")
 
 
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:

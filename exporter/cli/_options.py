@@ -19,16 +19,24 @@ DEVICES = ("cpu", "cuda")
 PATH = click.Path(path_type=Path)
 
 
-def _checkpoint(_ctx: click.Context, _param: click.Parameter, value: Path) -> Path:
+def _checkpoint(_ctx: click.Context, _param: click.Parameter, value: str) -> Path | str:
+    """A directory as a path; a hub id as it is, for `./name` is no id and a path would drop the dot."""
+    from exporter.hub import check_name
+
+    check_name(value)
+    return Path(value) if Path(value).is_dir() else value
+
+
+def _adapter(_ctx: click.Context, _param: click.Parameter, value: Path | None) -> Path | None:
     from runtime.errors import UserError
 
-    if not value.is_dir():
-        raise UserError(f"{value} is not a directory; download the checkpoint first (`hf download …`)")
+    if value is not None and not value.is_dir():
+        raise UserError(f"{value} is not a directory; give the one that peft saved the adapter to")
     return value
 
 
 # Looked at before torch is imported: a mistyped path should not take seconds.
-checkpoint_argument = click.argument("checkpoint", type=PATH, callback=_checkpoint)
+checkpoint_argument = click.argument("checkpoint", type=click.Path(), callback=_checkpoint)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 
@@ -40,6 +48,16 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
 
     return decorate
 
+
+checkpoint_options = _all(
+    click.option("--revision", metavar="TEXT", help="Branch, tag or commit, where CHECKPOINT is a hub id."),
+    click.option(
+        "--adapter",
+        type=PATH,
+        callback=_adapter,
+        help="A directory with a LoRA adapter (peft) to merge into CHECKPOINT.",
+    ),
+)
 
 backend_options = _all(
     click.option(

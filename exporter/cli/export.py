@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from exporter.cli._console import emit_json, note, print_comparisons, print_facts, size, stages, writing
-from exporter.cli._options import PATH, checkpoint_argument, json_option
+from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options, json_option
 
 if TYPE_CHECKING:
     from exporter.export import ExportResult
@@ -29,6 +29,7 @@ INPUTS = ("ids", "embeds")
 @click.command()
 @checkpoint_argument
 @click.argument("bundle", type=PATH, required=False)
+@checkpoint_options
 @click.option("--task", type=click.Choice(TASKS), help="What it is for.  [default: its architecture's]")
 @click.option(
     "--target",
@@ -61,8 +62,10 @@ INPUTS = ("ids", "embeds")
 @json_option
 def export(
     *,
-    checkpoint: Path,
+    checkpoint: Path | str,
     bundle: Path | None,
+    revision: str | None,
+    adapter: Path | None,
     task: str | None,
     target: str,
     precision: str,
@@ -76,20 +79,23 @@ def export(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Export CHECKPOINT, a Hugging Face directory, to BUNDLE.
+    """Export CHECKPOINT, a Hugging Face directory or hub id, to BUNDLE.
 
     The export is compared with transformers before it gets its name; where it differs, no bundle is left and
     the exit code is 1. BUNDLE is artifacts/<checkpoint>-<target>-<precision> unless given.
 
     \b
     nemotron-export export ./Nemotron-Mini-4B-Instruct
+    nemotron-export export nvidia/Nemotron-Mini-4B-Instruct --adapter ./my-lora
     nemotron-export export ./Nemotron-Mini-4B-Instruct ./bundle --max-length 2048 --force
     nemotron-export export ./Minitron-4B-Base ./features --task feature-extraction
     """
+    from exporter.hub import locate
     from exporter.staging import check_destination
 
     if bundle is not None:
         check_destination(bundle, force)  # as the exporter does, but before torch is imported
+    directory = locate(checkpoint, revision)
     from exporter.export import ExportOptions
     from exporter.export import export as run
 
@@ -105,9 +111,10 @@ def export(
         output_attentions=output_attentions,
         verify=verify,
         force=force,
+        adapter=adapter,
     )
     with writing(bundle or Path("artifacts")), stages() as progress:
-        result = run(checkpoint, bundle, options, progress)
+        result = run(directory, bundle, options, progress)
     if not verify:
         note("not compared with transformers (--no-verify): the bundle has no golden cases")
     if as_json:

@@ -95,6 +95,7 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
         [
             ("bundle", f"{bundle.path} ({size(facts['bytes'])})"),
             ("source", f"{manifest.source.name} ({manifest.source.fingerprint[:12]})"),
+            ("adapter", manifest.source.adapter),
             ("made", f"{manifest.created} by {manifest.tool}"),
             ("task", manifest.task),
             ("target", f"{manifest.target}, {manifest.precision}, opset {manifest.opset}"),
@@ -138,10 +139,16 @@ def _print_checkpoint(facts: dict[str, Any]) -> None:
             ("checkpoint", f"{facts['path']} ({size(facts['bytes'])})"),
             ("model type", facts["model_type"]),
             *((name.replace("_", " "), value) for name, value in facts["architecture"].items()),
-            ("parameters", f"{facts['parameters']:,}".replace(",", " ")),
-            ("tensors", f"{facts['tensors']} in {len(facts['files'])} files"),
+            ("parameters", _parameters(facts["parameters"])),
+            ("tensors", facts["tensors"] and f"{facts['tensors']} in {len(facts['files'])} files"),
             ("dtype", ", ".join(f"{name} ({count})" for name, count in facts["dtypes"].items())),
         ]
     )
     click.echo(click.style("files", bold=True))
     print_table([(name, size(count)) for name, count in facts["files"].items()])
+
+
+def _parameters(count: int | None) -> str:
+    if count is None:
+        return "not read: the weights are pickles, which are read with torch alone"
+    return f"{count:,}".replace(",", " ")

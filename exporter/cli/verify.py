@@ -7,15 +7,24 @@ from pathlib import Path
 import click
 
 from exporter.cli._console import emit_json, print_comparisons, stages
-from exporter.cli._options import PATH, checkpoint_argument, json_option
+from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options, json_option
 
 
 @click.command()
 @click.argument("bundle", type=PATH)
 @checkpoint_argument
+@checkpoint_options
 @click.option("--network", is_flag=True, help="Check what TensorRT's parser makes of the graph; needs no GPU.")
 @json_option
-def verify(bundle: Path, checkpoint: Path, network: bool, as_json: bool) -> None:
+def verify(
+    *,
+    bundle: Path,
+    checkpoint: Path | str,
+    revision: str | None,
+    adapter: Path | None,
+    network: bool,
+    as_json: bool,
+) -> None:
     """Compare BUNDLE with CHECKPOINT as transformers runs it.
 
     Logits, cache and greedy tokens are compared; exit code 1 where they differ. On a machine without torch,
@@ -26,14 +35,16 @@ def verify(bundle: Path, checkpoint: Path, network: bool, as_json: bool) -> None
     nemotron-export verify ./bundle ./Nemotron-Mini-4B-Instruct
     nemotron-export verify ./bundle ./Nemotron-Mini-4B-Instruct --network
     """
+    from exporter.hub import locate
     from runtime.bundle import Bundle
     from runtime.errors import CheckFailed
 
     Bundle.open(bundle)  # before torch is imported
+    directory = locate(checkpoint, revision)
     from exporter.verify import verify as compare
 
     with stages() as progress:
-        parity = compare(bundle, checkpoint, progress, network=network)
+        parity = compare(bundle, directory, progress, network=network, adapter=adapter)
     if as_json:
         emit_json(parity.report())
     else:

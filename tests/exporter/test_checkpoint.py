@@ -53,9 +53,9 @@ def test_a_checkpoint_of_another_architecture_is_refused_before_its_weights_are_
     assert_tells(refusal(tmp_path), tmp_path / "config.json", "'llama'")
 
 
-def test_a_checkpoint_of_pickles_alone_is_refused_with_the_conversion(small_copy: Path) -> None:
-    (small_copy / SINGLE).rename(small_copy / "pytorch_model.bin")
-    assert_tells(refusal(small_copy), small_copy, "convert the checkpoint to safetensors")
+def test_a_checkpoint_without_weights_is_refused_with_the_names_that_were_looked_for(small_copy: Path) -> None:
+    (small_copy / SINGLE).rename(small_copy / "weights.safetensors")
+    assert_tells(refusal(small_copy), small_copy, SINGLE, INDEX, "pytorch_model.bin", "download the checkpoint again")
 
 
 def test_opening_lists_every_tensor_with_its_shape_and_dtype(tiny_checkpoint: Path) -> None:

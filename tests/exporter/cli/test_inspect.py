@@ -126,7 +126,30 @@ def test_what_is_neither_bundle_nor_checkpoint_says_what_it_lacks(cli, tmp_path)
     (tmp_path / "config.json").write_text("{}")
     outcome = cli("inspect", tmp_path)
     assert outcome.code == 2
-    assert "neither model.safetensors nor" in outcome.err
+    assert "one of model.safetensors, model.safetensors.index.json, pytorch_model.bin" in outcome.err
+
+
+def test_of_pickles_files_and_sizes_are_shown_and_no_parameters_counted(cli, checkpoint):
+    (checkpoint / "model.safetensors.index.json").unlink()
+    for number in (1, 2):
+        (checkpoint / f"{number}.bin").write_bytes(b"PK" * 500 * number)
+    places = {"a": "1.bin", "b": "2.bin"}
+    (checkpoint / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    report = json.loads(cli("inspect", checkpoint, "--json").out)
+    assert report["files"] == {"1.bin": 1000, "2.bin": 2000}
+    assert (report["bytes"], report["parameters"], report["tensors"], report["dtypes"]) == (3000, None, None, {})
+    outcome = cli("inspect", checkpoint)
+    assert outcome.code == 0
+    for words in ("3.0 kB", "1.bin", "2.0 kB", "not read: the weights are pickles"):
+        assert words in outcome.out
+
+
+def test_a_missing_pickle_is_named(cli, checkpoint):
+    (checkpoint / "model.safetensors.index.json").unlink()
+    (checkpoint / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "1.bin"}}))
+    outcome = cli("inspect", checkpoint)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert f"error: {checkpoint / '1.bin'} is missing" in outcome.err
 
 
 def test_an_empty_checkpoint_file_is_a_file_without_tensors(cli, checkpoint):
