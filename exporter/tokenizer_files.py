@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from exporter.checkpoint import Checkpoint
-from exporter.sentencepiece_model import convert, find_model, role_tokens
+from exporter.sentencepiece_conversion import convert, find_model, role_tokens
 from exporter.special_tokens import read_special_tokens
 from exporter.text_files import read_object, read_text, write_object
 from runtime.chat_template import ChatTemplate
