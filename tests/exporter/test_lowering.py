@@ -114,7 +114,9 @@ def test_a_rotary_width_that_the_attention_cannot_rotate_is_told_by_number(trace
 
 
 def test_a_head_width_that_the_attention_does_not_take_is_refused_with_what_takes_it(traced: Any) -> None:
-    with pytest.raises(UserError, match="head width 20 is not a multiple of 8.* --no-cache, or with --target tensorrt"):
+    with pytest.raises(
+        UserError, match=r"head width 20 is not a multiple of 8.* --no-cache, or with --target tensorrt"
+    ):
         lower(fused(traced, head_dim=20, num_hidden_layers=1), "onnxruntime", 1)
 
 
