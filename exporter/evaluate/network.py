@@ -249,6 +249,22 @@ _UNARY = {
 _ACTIVATIONS = {
     "RELU": "relu", "SIGMOID": "sigmoid", "TANH": "tanh", "GELU_ERF": "gelu_erf", "GELU_TANH": "gelu_tanh",
 }  # fmt: skip
+# Those with parameters, as NVIDIA's API documents their α and β.
+_PARAMETRIC: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "CLIP": lambda x, alpha, beta: x.clamp(alpha, beta),
+    "LEAKY_RELU": lambda x, alpha, _: torch.where(x >= 0, x, alpha * x),
+    "ELU": lambda x, alpha, _: torch.where(x >= 0, x, alpha * torch.expm1(x)),
+    "HARD_SIGMOID": lambda x, alpha, beta: (alpha * x + beta).clamp(0, 1),
+    "SOFTPLUS": lambda x, alpha, beta: alpha * torch.nn.functional.softplus(beta * x),
+}
+
+
+def _activation(layer: Any) -> Compute:
+    name = _known(layer, "type", *_ACTIVATIONS, *_PARAMETRIC)
+    if name in _ACTIVATIONS:
+        return ops.UNARY[_ACTIVATIONS[name]]
+    function, alpha, beta = _PARAMETRIC[name], layer.alpha, layer.beta
+    return lambda x: function(ops.wide(x), alpha, beta)
 
 
 def _same(_: Any) -> Compute:
@@ -271,7 +287,7 @@ _LAYERS: dict[str, tuple[str, Callable[[Any], Compute]]] = {
     "SELECT": ("ISelectLayer", lambda _: torch.where),
     "ELEMENTWISE": ("IElementWiseLayer", _named("op", ops.BINARY, _ELEMENTWISE)),
     "UNARY": ("IUnaryLayer", _named("op", ops.UNARY, _UNARY)),
-    "ACTIVATION": ("IActivationLayer", _named("type", ops.UNARY, _ACTIVATIONS)),
+    "ACTIVATION": ("IActivationLayer", _activation),
     "MATRIX_MULTIPLY": ("IMatrixMultiplyLayer", _matmul),
     "NORMALIZATION": ("INormalizationLayer", _normalize),
     "SOFTMAX": ("ISoftMaxLayer", lambda layer: partial(ops.softmax, axis=_bits(layer.axes)[0])),
