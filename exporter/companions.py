@@ -1,22 +1,19 @@
-"""The files that go into a bundle beside the graph: configuration, tokenizer, chat template, genai configuration."""
+"""The files that go into a bundle beside the graph: the tokenizer, the configuration, generation."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from exporter.checkpoint import Checkpoint
 from exporter.spec import NemotronSpec
 from exporter.tasks import GENERATION, Task
-from exporter.text_files import read_object, read_text
-from runtime.chat_template import ChatTemplate
+from exporter.text_files import read_object, write_object
+from exporter.tokenizer_files import check_tokenizer, write_tokenizer
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
 from runtime.errors import UserError
-from runtime.manifest import CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG
+from runtime.manifest import CONFIG, GENERATION_CONFIG, MODEL
 
 GENAI_CONFIG = "genai_config.json"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -27,49 +24,41 @@ def check_companions(checkpoint: Checkpoint, task: Task) -> None:
     """Check the tokenizer, its template and the generation defaults before any work is done.
 
     Raises:
-        UserError: no tokenizer.json, or one that cannot be loaded or that has tokens the model does not know; or
-            another file that does not hold what it should.
+        UserError: no tokenizer, or one that cannot be loaded or converted, or that has tokens the model does not know;
+            or another file that does not hold what it should.
     """
-    path = checkpoint.path / TOKENIZER
-    if not path.is_file():
-        raise UserError(
-            f"{checkpoint.path} has no {TOKENIZER}; write one with transformers: "
-            "AutoTokenizer.from_pretrained(checkpoint).save_pretrained(checkpoint)"
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception for every fault of the file
-        raise UserError(f"{path} cannot be loaded: {error}; download the checkpoint again") from error
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= checkpoint.spec.vocab:
-        raise UserError(
-            f"{path} has token id {largest}, the model's vocabulary ends at {checkpoint.spec.vocab - 1}; "
-            "tokenizer and weights are not of one model"
-        )
-    template = _chat_template(checkpoint.path)
-    if template is not None:
-        ChatTemplate(template, checkpoint.path / CHAT_TEMPLATE)
+    check_tokenizer(checkpoint)
     if task.name == GENERATION:
-        genai_config(checkpoint.spec, _generation_defaults(checkpoint), checkpoint.spec.max_positions)
+        check_generation(checkpoint)
 
 
 def write_companions(checkpoint: Checkpoint, directory: Path, task: Task) -> None:
     """Copy or write everything our runtime needs beside model.onnx into `directory`."""
-    for name in (CONFIG, TOKENIZER, TOKENIZER_CONFIG):
-        if (checkpoint.path / name).is_file():
-            shutil.copyfile(checkpoint.path / name, directory / name)
+    shutil.copyfile(checkpoint.path / CONFIG, directory / CONFIG)
+    write_tokenizer(checkpoint, directory)
     if task.name == GENERATION:
-        generation = _generation_defaults(checkpoint)  # resolved once, so that every runtime stops at the same tokens
-        _write_json(directory / GENERATION_CONFIG, {name: v for name, v in generation.items() if v is not None})
-    template = _chat_template(checkpoint.path)
-    if template is not None:
-        (directory / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+        write_generation(checkpoint, directory)
+
+
+def check_generation(checkpoint: Checkpoint) -> None:
+    """Check the special tokens and sampling defaults of a checkpoint that generates text.
+
+    Raises:
+        UserError: one of them is not what it should be, or a token is none of the model's.
+    """
+    genai_config(checkpoint.spec, _generation_defaults(checkpoint), checkpoint.spec.max_positions)
+
+
+def write_generation(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write generation_config.json, resolved once, so that every runtime stops at the same tokens."""
+    generation = _generation_defaults(checkpoint)
+    write_object(directory / GENERATION_CONFIG, {name: v for name, v in generation.items() if v is not None})
 
 
 def write_genai_config(checkpoint: Checkpoint, directory: Path, max_length: int) -> None:
     """Write what onnxruntime-genai needs to run the bundle's directory, whose graph has target `onnxruntime`."""
     config = genai_config(checkpoint.spec, _generation_defaults(checkpoint), max_length)
-    _write_json(directory / GENAI_CONFIG, config)
+    write_object(directory / GENAI_CONFIG, config)
 
 
 def genai_config(spec: NemotronSpec, generation: dict[str, Any], max_length: int) -> dict[str, Any]:
@@ -115,37 +104,29 @@ def _generation_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
     """generation_config.json, with the special tokens from config.json where it names none; pad falls back to eos."""
     path = checkpoint.path / GENERATION_CONFIG
     values = read_object(path) if path.is_file() else {}
-    config = checkpoint.spec.config
     for name in SPECIAL_TOKENS:
-        found = values.setdefault(name, getattr(config, name))
-        ids = found if isinstance(found, list) and name == "eos_token_id" else [found]
-        if not all(token is None or type(token) is int for token in ids):
-            raise UserError(f"{path}: {name} should be a token id, found {found!r}; correct it")
+        source = path if name in values else checkpoint.path / CONFIG
+        found = values.setdefault(name, getattr(checkpoint.spec.config, name))
+        _check_tokens(source, name, found, checkpoint.spec.vocab)
     for name in SEARCH:
         if type(values.get(name)) not in (int, float, type(None)):
             raise UserError(f"{path}: {name} should be a number, found {values[name]!r}; correct it")
     if values["pad_token_id"] is None:
         eos = values["eos_token_id"]
-        values["pad_token_id"] = next(iter(eos), None) if isinstance(eos, list) else eos
+        values["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
     return values
 
 
-def _chat_template(directory: Path) -> str | None:
-    """The checkpoint's chat template: a file, or text or a named list in tokenizer_config.json, or none."""
-    file, path = directory / CHAT_TEMPLATE, directory / TOKENIZER_CONFIG
-    config = read_object(path) if path.is_file() else {}
-    if file.is_file():
-        return read_text(file)
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        if "default" not in named:
-            raise UserError(f"{path} has chat templates {', '.join(map(str, named))} but no 'default'; rename one")
-        template = named["default"]
-    if template is not None and not isinstance(template, str):
-        raise UserError(f"{path}: chat_template should be text, found {type(template).__name__}; correct it")
-    return template
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _check_tokens(path: Path, name: str, found: Any, vocab: int) -> None:
+    """Check that a special token is absent, an id of the model, or for the end of text a list of those."""
+    ids = found if isinstance(found, list) and found and name == "eos_token_id" else [found]
+    for token in ids:
+        if token is None and ids is not found:
+            continue
+        if type(token) is not int:
+            raise UserError(f"{path}: {name} should be a token id, found {found!r}; correct it")
+        if not 0 <= token < vocab:
+            raise UserError(
+                f"{path}: {name} {token} is not within the model's vocabulary, 0…{vocab - 1}; correct it, "
+                "or set it to null"
+            )

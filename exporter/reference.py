@@ -116,14 +116,25 @@ class Reference:
             dtype=dtype,
             attn_implementation="eager",
             local_files_only=True,
-            use_safetensors=True,
+            use_safetensors=self._checkpoint.safetensors,
             output_loading_info=True,
         )
         if missing := sorted(report["missing_keys"]):
             raise UserError(
                 f"{self._checkpoint.path}: transformers finds no {missing[0]} for {name}; give a checkpoint of {name}"
             )
+        self._adapt(model)
         return model.base_model if self._task.name == FEATURES else model
+
+    def _adapt(self, model: Any) -> None:
+        """Put in the weights that an adapter changes, merged."""
+        for name in self._checkpoint.adapted:
+            merged = self._checkpoint.read(name)
+            prefixed = f"{model.base_model_prefix}.{name}"
+            owned = dict(model.named_parameters())
+            target = next((owned[known] for known in (name, prefixed) if known in owned), None)
+            if target is not None:  # else of a head that this task does without
+                target.data.copy_(merged)
 
     def _run(self, model: Any, row: Row) -> Forward:
         cache = DynamicCache(config=self._config)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from exporter.spec import NemotronSpec
 
@@ -78,6 +77,8 @@ def check_rope(spec: NemotronSpec, origin: str) -> None:
     Raises:
         UserError: it names the type and what transformers says.
     """
+    import numpy as np
+
     try:
         cos, _ = rope_tables(spec, 1)
     except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:

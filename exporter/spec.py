@@ -78,6 +78,7 @@ def read_spec(directory: Path) -> NemotronSpec:
 def spec_from_config(raw: dict[str, Any], origin: str) -> NemotronSpec:
     """Build the spec from the content of a `config.json`; `origin` names it in errors."""
     _check_known_values(raw, origin)
+    _check_labels(raw, origin)
     config = _normalised(raw, origin)
     rope: dict[str, Any] = dict(config.rope_parameters or {})
     assert config.head_dim is not None  # filled in by transformers
@@ -107,7 +108,6 @@ def spec_from_config(raw: dict[str, Any], origin: str) -> NemotronSpec:
     )
     _check_consistent(spec, origin)
     check_rope(spec, origin)
-    _check_labels(raw, spec, origin)
     return spec
 
 
@@ -183,7 +183,7 @@ def _check_consistent(spec: NemotronSpec, origin: str) -> None:
         )
 
 
-def _check_labels(raw: dict[str, Any], spec: NemotronSpec, origin: str) -> None:
+def _check_labels(raw: dict[str, Any], origin: str) -> None:
     """The names of labels, where there are any, are of labels 0 to n - 1 and of nothing else."""
     names, count = raw.get("id2label"), raw.get("num_labels")
     if names is None:
@@ -195,4 +195,3 @@ def _check_labels(raw: dict[str, Any], spec: NemotronSpec, origin: str) -> None:
     inverse = raw.get("label2id")
     if inverse is not None and (not isinstance(inverse, dict) or len(inverse) != len(set(map(str, names.values())))):
         raise UserError(f"{origin}: label2id has other labels than id2label; correct one of them")
-    assert spec.labels == len(names)

@@ -1,4 +1,4 @@
-"""The text and JSON files of a checkpoint, read with an error that says what to do."""
+"""The text and JSON files of a checkpoint, read with an error that says what to do, and JSON written."""
 
 from __future__ import annotations
 
@@ -36,3 +36,8 @@ def read_text(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}; change its permissions or copy it again") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}); download the checkpoint again") from error
+
+
+def write_object(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object as people can read it."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

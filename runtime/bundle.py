@@ -52,6 +52,19 @@ class Bundle:
                 )
         return bundle
 
+    def check_task(self, task: str) -> None:
+        """Refuse a bundle that was exported for something else.
+
+        Raises:
+            UserError: names the command that runs it.
+        """
+        if self.manifest.task != task:
+            command = "generate" if self.manifest.task == "text-generation" else "predict"
+            raise UserError(
+                f"{self.path} is for {self.manifest.task}, not {task}; use nemotron-export {command}, "
+                f"or export it with --task {task}"
+            )
+
     def has(self, name: str) -> bool:
         """Whether the manifest names this file."""
         return name in self.manifest.files

@@ -20,7 +20,7 @@ class Embeddings:
         """Map the file.
 
         Raises:
-            UserError: it is missing, damaged, or not as wide as the graph's `inputs_embeds`.
+            UserError: it is missing, damaged, or has not a row for every token id, as wide as the graph takes.
         """
         path = bundle.file(EMBED_TOKENS)
         spec = next(spec for spec in bundle.manifest.graph.inputs if spec.name == INPUTS_EMBEDS)
@@ -28,9 +28,9 @@ class Embeddings:
             self._table: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path} is damaged ({error}); copy or export the bundle again") from error
-        shape, width = self._table.shape, spec.shape[-1]
-        if len(shape) != 2 or (isinstance(width, int) and shape[1] != width):
-            raise UserError(f"{path} has shape {shape}, the graph takes rows of {width}; export the bundle again")
+        shape, size = self._table.shape, (bundle.vocab_size, spec.shape[-1])
+        if len(shape) != 2 or shape[0] < size[0] or (isinstance(size[1], int) and shape[1] != size[1]):
+            raise UserError(f"{path} has shape {shape}, the graph takes {size}; export the bundle again")
         self._dtype = numpy_dtype(spec.dtype)
 
     def look_up(self, tokens: NDArray[np.int64]) -> NDArray[Any]:

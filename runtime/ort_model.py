@@ -19,7 +19,8 @@ from runtime.manifest import MODEL
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-_LOAD_ERRORS = (
+# Neither each other's nor RuntimeError's relatives; what a binding raises, and what `run` does, differ.
+_ERRORS = (
     *("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented"),
     "RuntimeException",  # no memory, for one
 )
@@ -28,17 +29,21 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 @dataclass(frozen=True)
 class OrtModel:
-    """A loaded graph; `backend`, `version` and `device` are those of `runtime.session.Session`."""
+    """A loaded graph; `backend`, `version` and `device` are those of `runtime.session.Session`.
+
+    `failures` are what ONNX Runtime raises when a graph does not run.
+    """
 
     bundle: Bundle
     model: InferenceSession
     backend: str
     version: str
     device: str
+    failures: tuple[type[Exception], ...]
 
     @contextmanager
     def running(self, what: str) -> Iterator[None]:
-        """Explain what ONNX Runtime raises when an operator refuses its inputs, or memory is short.
+        """Explain what is raised when an operator refuses its inputs, or memory is short.
 
         Raises:
             UserError: no memory for `what`.
@@ -46,7 +51,7 @@ class OrtModel:
         """
         try:
             yield
-        except RuntimeError as error:
+        except self.failures as error:
             reason = " ".join(str(error).split())[:300]
             if "allocate memory" in reason or "bad_alloc" in reason:
                 raise UserError(
@@ -101,12 +106,12 @@ def load_model(bundle: Bundle, device: str, threads: int | None) -> OrtModel:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 4  # errors come as exceptions, and are told once
-    errors = ort.capi.onnxruntime_pybind11_state
+    errors: tuple[type[Exception], ...] = tuple(getattr(ort.capi.onnxruntime_pybind11_state, n) for n in _ERRORS)
     try:
         model: InferenceSession = ort.InferenceSession(
             bundle.file(MODEL), options, providers=[provider, *({_PROVIDERS["cpu"]} - {provider})]
         )
-    except tuple(getattr(errors, name) for name in _LOAD_ERRORS) as error:
+    except errors as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"onnxruntime {ort.__version__} cannot load {bundle.file(MODEL)}: {reason}; "
@@ -118,4 +123,4 @@ def load_model(bundle: Bundle, device: str, threads: int | None) -> OrtModel:
             "pip install 'nemotron-export[gpu]' in an environment of its own, or use --device cpu"
         )
     name = cpu_name() if device == "cpu" else cuda_name()
-    return OrtModel(bundle, model, f"onnxruntime-{device}", str(ort.__version__), name)
+    return OrtModel(bundle, model, f"onnxruntime-{device}", str(ort.__version__), name, (RuntimeError, *errors))

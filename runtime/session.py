@@ -141,6 +141,12 @@ def check_backend(backend: str, device: str | None, threads: int | None) -> None
         raise UserError(f"threads should be at least 1, not {threads}")
 
 
+def remarks(bundle: Bundle, choice: str) -> list[str]:
+    """What a user should know of a loaded bundle: why this backend, and that nobody checked it where nobody did."""
+    unchecked = f"{bundle.path} was exported without the parity gate: nothing says it is the checkpoint's model"
+    return [text for text in (choice, "" if bundle.manifest.parity else unchecked) if text]
+
+
 def _choose(bundle: Bundle, backend: str, device: str | None) -> tuple[Chosen | None, str]:
     """The engine to run; or None for ONNX Runtime, and why, where an engine was to be thought of."""
     if backend == "onnxruntime" or (backend == "auto" and bundle.manifest.target != "tensorrt"):

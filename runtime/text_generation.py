@@ -11,7 +11,7 @@ from runtime.bundle import Bundle
 from runtime.errors import UserError
 from runtime.generate import Generation, GenerationResult, Settings
 from runtime.sampling import Sampling
-from runtime.session import Session
+from runtime.session import Session, remarks
 from runtime.tokenizer import Message, Tokenizer
 
 Prompt = str | Sequence[int]
@@ -55,8 +55,7 @@ class TextGenerator:
         self.bundle = bundle
         self.tokenizer = Tokenizer(bundle)
         self.backend = session.backend
-        unchecked = f"{bundle.path} was exported without the parity gate: nothing says it is the checkpoint's model"
-        self.remarks = [text for text in (session.choice, "" if bundle.manifest.parity else unchecked) if text]
+        self.remarks = remarks(bundle, session.choice)
         self.max_length = session.max_capacity
         self._session = session
         self._load_s = load_s

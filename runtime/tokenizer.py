@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,28 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _CONTEXT = 8  # tokens decoded again with each new one, so that it is read in its context
 _REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text, or a pair of texts, as tokens.
+
+    Attributes:
+        ids: token ids.
+        offsets: the characters that each token stands for, as text[start:end] of its own text.
+        special: whether the tokenizer added the token; such a token stands for no characters.
+        parts: the text that each token is of, 0 or 1; None for those that were added.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    special: list[bool]
+    parts: list[int | None]
+
+    def take(self, positions: Sequence[int]) -> Encoded:
+        """Some of the tokens."""
+        columns = (self.ids, self.offsets, self.special, self.parts)
+        return Encoded(*([column[at] for at in positions] for column in columns))  # type: ignore[arg-type]
 
 
 class Tokenizer:
@@ -50,6 +73,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of raw text, with the special tokens the checkpoint puts around a text."""
         return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
+
+    def encode_offsets(self, text: str, pair: str | None = None) -> Encoded:
+        """Raw text, or a text and what belongs to it, with the special tokens the checkpoint puts around them."""
+        found = self._tokenizer.encode(text, pair, add_special_tokens=True)
+        special = [bool(flag) for flag in found.special_tokens_mask]
+        return Encoded(list(found.ids), list(found.offsets), special, list(found.sequence_ids))
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn.

@@ -7,7 +7,10 @@ DISTRIBUTION = "nemotron-export"
 BASE = ("click", "jinja2", "numpy", "rich", "tokenizers")
 # The extras of pyproject.toml (a test compares them).
 EXTRAS = {
-    "export": ("huggingface-hub", "ml-dtypes", "onnx", "onnx-ir", "onnxscript", "safetensors", "torch", "transformers"),
+    "export": (
+        *("huggingface-hub", "ml-dtypes", "onnx", "onnx-ir", "onnxscript", "safetensors", "sentencepiece"),
+        *("torch", "transformers"),
+    ),
     "cpu": ("onnxruntime",),
     "gpu": ("onnxruntime-gpu",),
     "tensorrt": ("tensorrt", "polygraphy", "cuda-python", "onnx"),

@@ -43,9 +43,11 @@ def chat(bundle: Path, system: str | None, backend: str, device: str | None, thr
     from runtime.errors import UserError
     from runtime.manifest import CHAT_TEMPLATE
 
-    if not Bundle.open(bundle).has(CHAT_TEMPLATE):  # better known before the weights are loaded
+    opened = Bundle.open(bundle)
+    opened.check_task("text-generation")
+    if not opened.has(CHAT_TEMPLATE):  # better known before the weights are loaded
         raise UserError(f"{bundle} has no chat template; use nemotron-export generate")
-    model = load(bundle, backend=backend, device=device, threads=threads)
+    model = load(bundle, task="text-generation", backend=backend, device=device, threads=threads)
     for remark in model.remarks:
         note(remark)
     Conversation(model, opening, options).run()

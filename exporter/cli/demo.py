@@ -40,7 +40,7 @@ def demo(bundle: Path | None, force: bool) -> None:
             result = export(checkpoint, destination, ExportOptions(force=force), progress)
         print_export(result)
         click.echo(click.style(f"\n{PROMPT}", bold=True), nl=False)
-        generation = load(destination).stream(PROMPT, max_new_tokens=160, greedy=True)
+        generation = load(destination, task="text-generation").stream(PROMPT, max_new_tokens=160, greedy=True)
         stream_text(generation)
         note(summary(generation.result()))
         if bundle is not None:

@@ -87,7 +87,7 @@ def generate(
 
     from runtime import load
 
-    model = load(bundle, backend=backend, device=device, threads=threads)
+    model = load(bundle, task="text-generation", backend=backend, device=device, threads=threads)
     batch: Sequence[str | Sequence[int]] = texts or prompt_ids
     if chat:
         batch = [model.encode_chat([{"role": "user", "content": text}]) for text in texts]

@@ -66,7 +66,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
 
 def _cache_bytes_per_token(bundle: Bundle) -> int | None:
     """What one more token of one row takes in the cache; None for a graph without one."""
-    if bundle.manifest.task != "text-generation":
+    if not bundle.has_cache:
         return None
     cache = bundle.cache_geometry
     return 2 * cache.layers * cache.kv_heads * cache.head_dim * _ITEM_BYTES[cache.dtype]
@@ -74,10 +74,14 @@ def _cache_bytes_per_token(bundle: Bundle) -> int | None:
 
 def _golden(bundle: Bundle) -> dict[str, Any] | None:
     from runtime.golden import Golden
+    from runtime.golden_forward import GoldenForward
     from runtime.manifest import GOLDEN
 
     if not bundle.has(GOLDEN):
         return None
+    if bundle.manifest.task != "text-generation":
+        forward = GoldenForward.load(bundle.file(GOLDEN))
+        return {"cases": [case.case for case in forward.cases], "limit": forward.limit}
     golden = Golden.load(bundle.file(GOLDEN))
     cases = [step.case for step in golden.steps]
     return {"cases": cases, "slots": golden.slots, "capacity": golden.capacity, "limit": golden.limit}
@@ -96,7 +100,10 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
             ("task", manifest.task),
             ("target", f"{manifest.target}, {manifest.precision}, opset {manifest.opset}"),
             ("max length", f"{manifest.max_length} tokens"),
-            ("cache", cache and f"{size(cache)} per token, {size(cache * manifest.max_length)} per full row"),
+            (
+                "cache",
+                f"{size(cache)} per token, {size(cache * manifest.max_length)} per full row" if cache else "none",
+            ),
             ("passes", ", ".join(f"{record.name} ×{record.count}" for record in manifest.passes)),
             ("attention", lowering and ", ".join((lowering.attention, *lowering.fallbacks))),
             ("engines", ", ".join(engine.path for engine in manifest.engines) or "none"),
@@ -115,7 +122,8 @@ def _golden_line(golden: dict[str, Any] | None) -> str:
         return "none"
     counts = {case: golden["cases"].count(case) for case in golden["cases"]}
     steps = ", ".join(f"{case} ×{count}" for case, count in counts.items())
-    return f"{steps}, limit {golden['limit']:.3g}"
+    limit = golden["limit"]
+    return f"{steps}, limit {max(limit.values()) if isinstance(limit, dict) else limit:.3g}"
 
 
 def _parity_line(bundle: Bundle) -> str:

@@ -50,7 +50,8 @@ def small_copy(small_checkpoint: Path, tmp_path: Path) -> Path:
 def quick(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports of small checkpoints take a copy of a trace that was made once."""
 
-    def trace(spec: NemotronSpec) -> Any:
+    def trace(spec: NemotronSpec, task: Any, *, cached: bool) -> Any:
+        assert (task.name, cached) == ("text-generation", True)
         tied: dict[str, Any] = {"tie_word_embeddings": True} if spec.tied else {}
         known, model = traced(**tied)
         assert known == spec
@@ -63,7 +64,7 @@ def quick(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
 def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is refused late, after minutes of a large model's trace, fails the test."""
 
-    def trace(spec: NemotronSpec) -> None:
+    def trace(spec: NemotronSpec, task: Any, *, cached: bool) -> None:
         raise AssertionError("the trace was begun")
 
     monkeypatch.setattr("exporter.export.trace", trace)

@@ -15,6 +15,8 @@ from transformers import NemotronConfig, PreTrainedTokenizerFast
 from exporter.checkpoint import Checkpoint
 from exporter.companions import check_companions, genai_config, write_companions, write_genai_config
 from exporter.tasks import TASKS
+from exporter.tokenizer_files import check_tokenizer
+from exporter.tokenizer_files import write_tokenizer as write_tokenizer_files
 from runtime.errors import UserError
 
 TEXT = TASKS["text-generation"]
@@ -46,11 +48,11 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-@pytest.mark.parametrize("other", [None, "tokenizer.model"])
-def test_a_checkpoint_without_a_fast_tokenizer_is_refused_with_the_conversion(small_copy: Path, other) -> None:
+@pytest.mark.parametrize("others", [(), ("vocab.json", "merges.txt")])
+def test_a_checkpoint_without_a_tokenizer_to_convert_is_refused_with_the_remedy(small_copy: Path, others) -> None:
     (small_copy / "tokenizer.json").unlink()
-    if other:
-        (small_copy / other).write_bytes(b"sentencepiece")
+    for other in others:
+        (small_copy / other).write_text("{}")
     assert_tells(refusal(small_copy), small_copy, "tokenizer.json", "save_pretrained")
 
 
@@ -122,6 +124,12 @@ def test_a_checkpoint_without_a_template_gives_a_bundle_without_one(small_copy: 
         ("generation_config.json", b"3", "JSON object"),
         ("generation_config.json", b'{"eos_token_id": "</s>"}', "eos_token_id"),
         ("generation_config.json", b'{"eos_token_id": [2, "x"]}', "eos_token_id"),
+        ("generation_config.json", b'{"eos_token_id": []}', "eos_token_id"),
+        ("generation_config.json", b'{"eos_token_id": [2, null]}', "eos_token_id"),
+        ("generation_config.json", b'{"eos_token_id": [2, 97]}', "eos_token_id 97 is not within"),
+        ("generation_config.json", b'{"eos_token_id": -1}', "eos_token_id -1 is not within"),
+        ("generation_config.json", b'{"pad_token_id": -1}', "0…96; correct it, or set it to null"),
+        ("generation_config.json", b'{"bos_token_id": 97}', "bos_token_id 97"),
         ("generation_config.json", b'{"pad_token_id": [2]}', "pad_token_id"),
         ("generation_config.json", b'{"bos_token_id": true}', "bos_token_id"),
         ("generation_config.json", b'{"temperature": "hot"}', "temperature"),
@@ -159,6 +167,8 @@ def test_every_end_of_text_and_the_padding_reach_onnxruntime_genai(tiny_checkpoi
         (None, (1, 2, 2)),  # SMALL's own, and padding with the end of text
         ({"eos_token_id": [5, 6]}, (1, [5, 6], 5)),
         ({"eos_token_id": 7, "pad_token_id": 0}, (1, 7, 0)),
+        ({"eos_token_id": [7]}, (1, [7], 7)),
+        ({"eos_token_id": 96, "bos_token_id": 0}, (0, 96, 96)),
         ({"bos_token_id": 3, "pad_token_id": None}, (3, 2, 2)),
     ],
 )
@@ -176,6 +186,21 @@ def test_a_token_the_model_does_not_have_is_left_out(small_copy: Path, tmp_path:
     write_json(small_copy / "generation_config.json", {"bos_token_id": None, "eos_token_id": None})
     model = written_genai(small_copy, tmp_path / "b")["model"]
     assert not {"bos_token_id", "eos_token_id", "pad_token_id"} & set(model)
+
+
+def test_a_token_of_config_json_that_the_model_does_not_have_is_named_there(small_copy: Path) -> None:
+    (small_copy / "generation_config.json").unlink()
+    config = json.loads((small_copy / "config.json").read_text())
+    write_json(small_copy / "config.json", config | {"pad_token_id": 97})
+    assert_tells(refusal(small_copy), small_copy / "config.json", "pad_token_id 97", "0…96")
+
+
+def test_a_task_without_generation_needs_no_generation_files(small_copy: Path, tmp_path: Path) -> None:
+    (small_copy / "generation_config.json").write_text("{")
+    checkpoint = Checkpoint.open(small_copy)
+    check_tokenizer(checkpoint)
+    write_tokenizer_files(checkpoint, tmp_path)
+    assert (tmp_path / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ DAMAGES = (
     *(tensor_missing, tensor_misshapen, shard_missing, shard_truncated, not_there),
     *(no_tokenizer, tokenizer_damaged, tokenizer_too_large, generation_defaults_damaged, other_architecture),
     *(configured(model_type="llama"), configured(hidden_act="swiglu")),
-    configured(rope_scaling={"type": "dynamic", "factor": 2.0}),
+    configured(rope_scaling={"type": "axial", "factor": 2.0}),
 )
 
 

@@ -106,9 +106,18 @@ def test_an_unknown_target_lists_the_known(traced: Any) -> None:
         lower(fused(traced), "openvino", 2)
 
 
-def test_a_rotary_width_that_the_target_cannot_rotate_is_refused_by_number(traced: Any) -> None:
-    with pytest.raises(UserError, match="rotary width 24 is not a multiple of 16"):
-        lower(fused(traced, partial_rotary_factor=0.75, num_hidden_layers=1), "onnxruntime", 1)
+def test_a_rotary_width_that_the_attention_cannot_rotate_is_told_by_number(traced: Any) -> None:
+    lowered = lower(fused(traced, partial_rotary_factor=0.75, num_hidden_layers=1), "onnxruntime", 1)
+    assert lowered.attention == "GroupQueryAttention"
+    assert len(lowered.fallbacks) == 1
+    assert "rotary_dim 24" in lowered.fallbacks[0]
+
+
+def test_a_head_width_that_the_attention_does_not_take_is_refused_with_what_takes_it(traced: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"head width 20 is not a multiple of 8.* --no-cache, or with --target tensorrt"
+    ):
+        lower(fused(traced, head_dim=20, num_hidden_layers=1), "onnxruntime", 1)
 
 
 def test_a_layer_that_was_not_lowered_stops_the_export(traced: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a head needs, and what is refused: options that a graph does not carry, heads that are not there, wrong labels."""
+"""What a head needs, and what is refused: options a graph does not carry, heads that are not there, wrong labels."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_class_of_transformers_is_a_task() -> None:
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 def test_a_tasks_head_is_the_modules_of_transformers(task: Any) -> None:
     with torch.device("meta"):
-        model = task.build(NemotronConfig(hidden_size=64, num_hidden_layers=1, vocab_size=97))
+        model = task.build(NemotronConfig(hidden_size=64, num_hidden_layers=1, num_key_value_heads=48, vocab_size=97))
     heads = {name for name, _ in model.named_children()} - {model.base_model_prefix, "dropout"}
     base = {"embed_tokens", "layers", "norm", "rotary_emb"}
     assert heads == (base if task.head is None else {task.head})

@@ -10,7 +10,7 @@ from corruptions import redescribe
 from forward_bundles import BOS, HIDDEN, MAX_LENGTH, PAD, VOCAB, Toy
 
 from runtime.bundle import Bundle
-from runtime.errors import UserError
+from runtime.errors import CheckFailed, UserError
 from runtime.forward import ForwardSession, open_forward
 
 ROWS = [[BOS, 9, 5, 7, 10], [BOS, 4, 8], [BOS, 6, 6, 11]]
@@ -89,7 +89,8 @@ def test_a_graph_that_takes_embeddings_is_fed_token_ids_all_the_same(tmp_path: P
     [
         (None, r"has no embed_tokens\.npy; export"),
         (b"nothing", r"embed_tokens\.npy is damaged .*; copy or export"),
-        (np.zeros((VOCAB, HIDDEN + 1), np.float32), rf"embed_tokens\.npy has shape .* takes rows of {HIDDEN}; export"),
+        (np.zeros((VOCAB, HIDDEN + 1), np.float32), rf"has shape .* takes \({VOCAB}, {HIDDEN}\); export"),
+        (np.zeros((VOCAB - 1, HIDDEN), np.float32), rf"has shape .* takes \({VOCAB}, {HIDDEN}\); export"),
     ],
 )
 def test_embeddings_that_cannot_be_looked_up_are_named(table: Any, message: str, tmp_path: Path) -> None:
@@ -147,6 +148,13 @@ def test_what_does_not_run_such_graphs_says_so(tmp_path: Path) -> None:
     other = replace(bundle, manifest=replace(bundle.manifest, target="openvino"))
     with pytest.raises(UserError, match="is for openvino; export it with --target"):
         open_forward(other)
+
+
+def test_a_graph_that_does_not_run_is_named(tmp_path: Path) -> None:
+    """Its embeddings are fewer than its configuration says."""
+    session = opened(Toy("token-classification", config={"vocab_size": 999}), tmp_path)
+    with pytest.raises(CheckFailed, match=r"onnxruntime-cpu cannot run a batch of .*; run nemotron-export selftest"):
+        session.run(np.array([[1, 500]]), np.array([[1, 1]]))
 
 
 def test_a_graph_with_a_cache_is_opened_otherwise(bundle_dir: Path) -> None:

@@ -2,6 +2,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from forward_bundles import Toy
+
 FOREIGN = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "exporter")
 
 
@@ -21,6 +23,23 @@ chat = model.encode_chat([{{"role": "user", "content": "Mars?"}}])
 print(len(model.generate(["Mars", chat], max_new_tokens=3, temperature=1.0).sequences))
 """
     assert python(code).strip() == "2"
+
+
+def test_predicting_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    calls = {
+        "feature-extraction": "embed('mars')",
+        "text-classification": "classify('mars')",
+        "token-classification": "tag('mars')",
+        "question-answering": "answer('mars', 'mars')",
+    }
+    paths = [str(Toy(task).write(tmp_path / task, golden=True)) for task in calls]
+    code = f"""
+import sys
+for name in {FOREIGN}: sys.modules[name] = None
+from runtime import load
+for path, call in zip({paths}, {list(calls.values())}): print(len(eval("load(path)." + call)))
+"""
+    assert python(code).split() == ["1"] * 4
 
 
 def test_importing_the_runtime_is_quick() -> None:

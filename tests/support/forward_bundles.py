@@ -18,28 +18,8 @@ from runtime.golden_forward import ForwardCase, GoldenForward
 from runtime.manifest import Graph, Manifest, Source, TensorSpec
 
 WORDS = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    "<pad>",
-    "who",
-    "is",
-    "what",
-    "red",
-    "the",
-    "sun",
-    "mars",
-    "moon",
-    "a",
-    "planet",
-    "star",
-    "old",
-    "cold",
-    "hot",
-    "big",
-    "small",
-    "far",
-    "near",
+    *("<unk>", "<s>", "</s>", "<pad>", "who", "is", "what", "red", "the", "sun", "mars", "moon", "a", "planet"),
+    *("star", "old", "cold", "hot", "big", "small", "far", "near"),
 ]
 VOCAB, HIDDEN, MAX_LENGTH = len(WORDS), 8, 24
 BOS, SEPARATOR, PAD = 1, 2, 3

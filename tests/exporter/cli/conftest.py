@@ -66,7 +66,8 @@ class FakeModel:
 
     @property
     def bundle(self) -> Any:
-        return SimpleNamespace(manifest=SimpleNamespace(max_length=self.max_length), has=lambda name: self.template)
+        manifest = SimpleNamespace(max_length=self.max_length, task="text-generation")
+        return SimpleNamespace(manifest=manifest, has=lambda name: self.template, check_task=lambda task: None)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[str]:
         """A token a word, so that tests can read a prompt."""

@@ -120,7 +120,7 @@ def test_a_package_that_is_not_installed_is_named_with_the_command_that_adds_it(
         ([], ["no command is given", "nemotron-export --help"]),
         (["exprot"], ["'exprot'", "Did you mean 'export'?", "nemotron-export --help"]),
         (["export"], ["CHECKPOINT", "nemotron-export export --help"]),
-        (["export", ".", "--task", "question-answering"], ["'question-answering'", "'text-generation'"]),
+        (["export", ".", "--task", "summarization"], ["'summarization'", "'text-generation'"]),
         (["export", ".", "--target", "openvino"], ["'openvino'", "'onnxruntime'"]),
         (["export", ".", "--precision", "fp8"], ["'fp8'", "'fp32'"]),
         (["export", ".", "--max-length", "0"], ["--max-length", "x>=1"]),

@@ -97,7 +97,8 @@ def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
 
 def test_every_flag_arrives(cli, exporter, tmp_path):
     flags = "--task text-generation --target onnxruntime --precision fp32 --max-length 64 --no-verify --force"
-    cli("export", tmp_path, tmp_path / "out", *flags.split(), "--adapter", tmp_path)
+    more = "--no-cache --inputs embeds --position-ids --output-hidden-states --output-attentions"
+    cli("export", tmp_path, tmp_path / "out", *flags.split(), *more.split(), "--adapter", tmp_path)
     _, bundle, options = exporter.asked[0]
     assert bundle == tmp_path / "out"
     assert options == {
@@ -105,11 +106,11 @@ def test_every_flag_arrives(cli, exporter, tmp_path):
         "target": "onnxruntime",
         "precision": "fp32",
         "max_length": 64,
-        "cache": None,
-        "inputs": "ids",
-        "position_ids": False,
-        "output_hidden_states": False,
-        "output_attentions": False,
+        "cache": False,
+        "inputs": "embeds",
+        "position_ids": True,
+        "output_hidden_states": True,
+        "output_attentions": True,
         "verify": False,
         "force": True,
         "adapter": tmp_path,

@@ -63,7 +63,8 @@ def test_every_option_arrives(cli, model):
         "max_length": 64,
         "ignore_eos": True,
     }
-    assert model.loaded == {"path": Path("b"), "backend": "onnxruntime", "device": "cpu", "threads": 2}
+    placement = {"backend": "onnxruntime", "device": "cpu", "threads": 2}
+    assert model.loaded == {"path": Path("b"), "task": "text-generation", **placement}
 
 
 def test_what_is_not_asked_for_is_left_to_the_bundle(cli, model):

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from forward_bundles import Toy
 
 ROOT = Path(__file__).parents[3]
-COMMANDS = ("demo", "export", "verify", "build", "selftest", "generate", "chat", "inspect", "doctor")
+COMMANDS = ("demo", "export", "verify", "build", "selftest", "generate", "chat", "predict", "inspect", "doctor")
 EXPORT_ONLY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes")
 HEAVY = (*EXPORT_ONLY, "numpy", "rich", "onnxruntime", "tokenizers", "jinja2")
 
@@ -63,6 +64,14 @@ def test_the_deployment_machine_needs_no_torch(arguments, tiny_bundle, tiny_chec
     report = probe(
         *(argument.format(bundle=tiny_bundle, checkpoint=tiny_checkpoint) for argument in arguments), stdin="Hello\n"
     )
+    assert report["code"] == 0
+    assert report["out"]
+    assert not set(EXPORT_ONLY) & set(report["modules"])
+
+
+def test_predicting_needs_no_torch(tmp_path):
+    path = Toy("text-classification").write(tmp_path / "toy", golden=True)
+    report = probe("predict", path, "--text", "mars", "--json")
     assert report["code"] == 0
     assert report["out"]
     assert not set(EXPORT_ONLY) & set(report["modules"])
