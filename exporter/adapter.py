@@ -22,7 +22,6 @@ _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
 _EMBEDDING_FACTOR = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<which>[AB])")
 _WHOLE = re.compile(r"(?P<module>.+?)(\.base_layer)?\.(?P<kind>weight|bias)")
-_VARIANT = re.compile(r".*\.(lora|ia3|vera|boft|hada|oft|loha|lokr|adalora)_")
 _TIED = ("embed_tokens.weight", "lm_head.weight")
 
 
@@ -138,7 +137,7 @@ def _changes(file: Path, tensors: Mapping[str, TensorInfo], config: AdapterConfi
                 embedding=found.re is _EMBEDDING_FACTOR,
                 scaling=config.scaling(module),
             )
-        elif inner != name and not _VARIANT.match(inner) and (found := _WHOLE.fullmatch(inner)):
+        elif inner != name and ".lora_" not in inner and (found := _WHOLE.fullmatch(inner)):
             target = f"{found['module']}.{found['kind']}"
             change = changes.get(target, Change())
             if change.whole is not None:

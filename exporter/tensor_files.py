@@ -147,7 +147,7 @@ def _unpickled(path: Path) -> Mapping[str, torch.Tensor]:
         value = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds more than tensors, and is not unpickled because that could run code; convert the checkpoint "
+            f"{path} holds more than tensors, or is damaged, and unpickling it could run code; convert the checkpoint "
             "to safetensors where you trust it"
         ) from error
     except (OSError, RuntimeError, *_NO_PICKLE) as error:

@@ -109,9 +109,7 @@ def test_merged_weights_are_those_that_peft_merges(
     small_checkpoint: Path, tmp_path: Path, config: dict[str, Any], bins: bool
 ) -> None:
     directory = train(small_checkpoint, tmp_path / "adapter", bins=bins, **config)
-    if bins and not (directory / "adapter_model.bin").exists():
-        torch.save(load_file(directory / WEIGHTS), directory / "adapter_model.bin")
-        (directory / WEIGHTS).unlink()
+    assert (directory / WEIGHTS).exists() is not bins
     theirs = merged_by_peft(small_checkpoint, directory)
     checkpoint, base = Checkpoint.open(small_checkpoint, directory), Checkpoint.open(small_checkpoint)
     changed = set()
@@ -329,4 +327,6 @@ def test_an_adapter_that_is_not_finite_is_refused_by_name(small_checkpoint: Path
 def test_a_pickled_adapter_never_runs_its_code(small_checkpoint: Path, adapter: Path) -> None:
     (adapter / WEIGHTS).unlink()
     torch.save({A: print}, adapter / "adapter_model.bin")
-    assert_tells(refusal(small_checkpoint, adapter), adapter / "adapter_model.bin", "could run code")
+    assert_tells(
+        refusal(small_checkpoint, adapter), adapter / "adapter_model.bin", "holds more than tensors", "could run code"
+    )

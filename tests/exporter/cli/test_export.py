@@ -90,6 +90,7 @@ def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
         "output_attentions": False,
         "verify": True,
         "force": False,
+        "adapter": None,
     }
     assert exporter.asked == [(tmp_path, None, expected)]
 
@@ -97,7 +98,7 @@ def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
 def test_every_flag_arrives(cli, exporter, tmp_path):
     flags = "--task text-generation --target onnxruntime --precision fp32 --max-length 64 --no-verify --force"
     more = "--no-cache --inputs embeds --position-ids --output-hidden-states --output-attentions"
-    cli("export", tmp_path, tmp_path / "out", *flags.split(), *more.split())
+    cli("export", tmp_path, tmp_path / "out", *flags.split(), *more.split(), "--adapter", tmp_path)
     _, bundle, options = exporter.asked[0]
     assert bundle == tmp_path / "out"
     assert options == {
@@ -112,7 +113,34 @@ def test_every_flag_arrives(cli, exporter, tmp_path):
         "output_attentions": True,
         "verify": False,
         "force": True,
+        "adapter": tmp_path,
     }
+
+
+def test_a_path_that_cannot_be_a_hub_id_is_refused_at_once(cli, exporter, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)  # what would be called is not
+    outcome = cli("export", "./absent/model")
+    assert (outcome.code, exporter.asked) == (2, [])
+    assert outcome.err.startswith("error: ./absent/model is not a directory; download the checkpoint first")
+
+
+def test_an_adapter_that_is_no_directory_is_refused_at_once(cli, exporter, tmp_path):
+    outcome = cli("export", tmp_path, "--adapter", tmp_path / "absent")
+    assert (outcome.code, exporter.asked) == (2, [])
+    assert (
+        outcome.err == f"error: {tmp_path / 'absent'} is not a directory; give the one that peft saved the adapter to\n"
+    )
+
+
+def test_a_revision_of_a_directory_is_refused_at_once(cli, exporter, tmp_path):
+    outcome = cli("export", tmp_path, "--revision", "v2")
+    assert (outcome.code, exporter.asked) == (2, [])
+    assert "drop --revision" in outcome.err
+
+
+def test_a_destination_that_exists_is_refused_before_anything_is_downloaded(cli, exporter, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    assert "--force" in cli("export", "somebody/model", tmp_path).err
 
 
 def test_json_is_one_object_whatever_libraries_print(cli, exporter, tmp_path):

@@ -11,13 +11,13 @@ from runtime.manifest import Comparison, Parity
 
 @pytest.fixture
 def verdict(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What the two comparisons of the next run find; then whether it was of the network."""
+    """What the two comparisons of the next run find; then whether it was of the network, and the adapter."""
     found = [True, True]
 
-    def verify(bundle, checkpoint, progress, network) -> Parity:
+    def verify(bundle, checkpoint, progress, *, network, adapter) -> Parity:
         print("a library's chatter")
         progress("verify", 1, 2)
-        found[2:] = [network]
+        found[2:] = [network, adapter]
         rows = tuple(
             Comparison(name="logits", case=str(n), metric="max_abs", value=None, limit=1e-4, passed=passed)
             for n, passed in enumerate(found[:2])
@@ -62,3 +62,14 @@ def test_the_network_is_checked_only_where_it_is_asked_for(cli, verdict, tmp_pat
     for arguments, network in ((), False), (("--network",), True):
         assert cli("verify", "b", tmp_path, *arguments).code == 0
         assert verdict[2] is network
+
+
+def test_the_adapter_that_was_merged_arrives(cli, verdict, tmp_path):
+    assert cli("verify", "b", tmp_path, "--adapter", tmp_path).code == 0
+    assert verdict[3] == tmp_path
+
+
+def test_a_revision_of_a_directory_is_refused(cli, verdict, tmp_path):
+    outcome = cli("verify", "b", tmp_path, "--revision", "v2")
+    assert (outcome.code, outcome.out, verdict[2:]) == (2, "", [])
+    assert "drop --revision" in outcome.err
