@@ -15,8 +15,11 @@ from transformers import AutoTokenizer
 
 from exporter import tokenizer_files
 from exporter.checkpoint import Checkpoint
+from exporter.export import ExportOptions, export
+from runtime.bundle import Bundle
 from runtime.chat_template import ChatTemplate
 from runtime.errors import UserError
+from runtime.tokenizer import Tokenizer as RuntimeTokenizer
 
 CHAT = [{"role": "user", "content": "Is Mars red?"}, {"role": "assistant", "content": "Yes."}]
 TEMPLATE = (
@@ -76,6 +79,16 @@ def test_a_checkpoint_with_a_sentencepiece_model_only_gets_a_tokenizer_json(padd
     assert roles == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     reloaded = AutoTokenizer.from_pretrained(target, local_files_only=True)
     assert reloaded.encode("Mars <s>") == reloaded.backend_tokenizer.encode("Mars <s>").ids
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_bundle_of_a_sentencepiece_checkpoint_reads_text_as_sentencepiece(small_copy: Path, tmp_path: Path) -> None:
+    (small_copy / "tokenizer.json").unlink()
+    oracle = train(small_copy, byte_fallback=False, vocab_size=90, required_chars="", character_coverage=0.99)
+    write_config(small_copy, add_bos_token=True)
+    bundle = Bundle.open(export(small_copy, tmp_path / "b", ExportOptions(verify=False)).bundle)
+    assert RuntimeTokenizer(bundle).encode("Mars is red.") == [1, *oracle.encode("Mars is red.")]
+    assert not bundle.changed_files()
 
 
 def test_a_refused_conversion_leaves_nothing_behind(small_copy: Path) -> None:

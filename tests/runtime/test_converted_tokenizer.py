@@ -53,9 +53,7 @@ def test_samples_are_read_and_streamed_as_by_sentencepiece(pair: Pair, text: str
 
 
 @settings(deadline=None, max_examples=200)
-@given(
-    st.text(st.one_of(st.characters(exclude_categories=["Cs"], exclude_characters="\0▁"), st.sampled_from(" \n0aé🪐")))
-)
+@given(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n0aé🪐"))))
 def test_any_text_is_read_and_streamed_as_by_sentencepiece(pair: Pair, text: str) -> None:
     assert_same(pair, text)
 
