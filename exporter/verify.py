@@ -9,23 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from exporter.checkpoint import Checkpoint
-from exporter.evaluate.session import EvaluatedSession, evaluate_graph, evaluate_network
+from exporter.evaluate.session import CachedSession, EvaluatedSession, evaluate_graph, evaluate_network
 from exporter.reference import Floats as Floats64
 from exporter.reference import Forward, Reference, Row
-from exporter.verify_rows import NON_FINITE, GateResult, has_extras, non_finite, prompts, run_rows_gate
+from exporter.verify_rows import NON_FINITE, GateResult, has_extras, non_finite, prompts, refused, run_rows_gate
 from exporter.yardstick import LIMIT, Expected, Ledger, Yardstick, compare
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden, GoldenStep
 from runtime.manifest import Comparison, Parity
 from runtime.ort_session import OrtSession
-from runtime.session import Floats, Ints, Session
+from runtime.session import Floats, Ints
 
 NEAR_TIE = 1e-3  # a greedy token may differ where the reference's two best logits are closer than this
 NO_LIMIT = 1e9  # of what is only counted
@@ -36,23 +34,6 @@ GOLDEN_DECODE_STEPS = 4
 __all__ = ["LIMIT", "NON_FINITE", "CachedSession", "GateResult", "gate", "run_gate", "session_of", "verify"]
 
 Progress = Callable[[str, int, int], None]
-
-
-class _Cache(Protocol):
-    layers: int
-
-    def read(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]: ...
-
-    def write(self, layer: int, key: NDArray[Any], value: NDArray[Any]) -> None: ...
-
-
-class CachedSession(Session, Protocol):
-    """A session whose cache can be read and written: keys and values [slots, kv_heads, capacity, head_dim]."""
-
-    @property
-    def cache(self) -> _Cache:
-        """The cache that steps update in place."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -142,8 +123,7 @@ def run_gate(
         )
         end = _run_end_of_capacity(session, bundle)
     except CheckFailed as refusal:  # the graph is so wrong that the backend does not run it
-        refused = replace(compare("logits", "all", "refused", np.nan, 0.0), extra={"reason": str(refusal)})
-        return GateResult(Parity(evaluated_by=evaluated_by, passed=False, comparisons=(refused,)), None)
+        return GateResult(refused(evaluated_by, "all", refusal), None)
     forwards = Yardstick(Reference(checkpoint), precision).forwards([*map(Row, rows.tokens), end.row])
     expected, ledger = forwards[:-1], Ledger(precision)
     for step in steps:

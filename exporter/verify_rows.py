@@ -6,7 +6,7 @@ Every output is compared with transformers on the same batch, at every real toke
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from runtime.contract import (
     hidden_states_name,
     past_names,
 )
-from runtime.errors import UserError
+from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden, GoldenStep
 from runtime.golden_forward import ForwardCase, GoldenForward
 from runtime.manifest import Comparison, Parity
@@ -71,7 +71,10 @@ def run_rows_gate(
     ledger = Ledger(manifest.precision)
     for done, ((case, batch), (exact, yardstick)) in enumerate(zip(cases.items(), expected, strict=True)):
         columns = _columns(bundle, batch)
-        outputs = runner.run(_feeds(bundle, batch, columns))
+        try:
+            outputs = runner.run(_feeds(bundle, batch, columns))
+        except CheckFailed as refusal:  # the graph is so wrong that the backend does not run it
+            return GateResult(refused(runner.name, case, refusal), None)
         for name, ours in outputs.items():
             if name not in exact:
                 continue  # of the cache, which the steps compare
@@ -91,6 +94,12 @@ def run_rows_gate(
         comparisons=comparisons,
     )
     return GateResult(parity, _golden(bundle, cases, [exact for exact, _ in expected], comparisons))
+
+
+def refused(evaluated_by: str, case: str, refusal: CheckFailed) -> Parity:
+    """The verdict on a graph that does not run."""
+    comparison = replace(compare("graph", case, "refused", np.nan, 0.0), extra={"reason": str(refusal)})
+    return Parity(evaluated_by=evaluated_by, passed=False, comparisons=(comparison,))
 
 
 def has_extras(bundle: Bundle) -> bool:
@@ -228,12 +237,14 @@ def _golden_case(case: str, batch: Batch, outputs: Outputs) -> ForwardCase:
     for array in outputs.values():
         if array.ndim == 3:
             width = min(width, max(1, GOLDEN_NUMBERS // array[:, 0].size))
+    mask = batch.attention_mask[:, :width]
+    rows = mask.any(1)  # one that is padded on the left may have nothing in these columns
     return ForwardCase(
         case=case,
-        input_ids=batch.input_ids[:, :width],
-        attention_mask=batch.attention_mask[:, :width],
+        input_ids=batch.input_ids[rows, :width],
+        attention_mask=mask[rows],
         outputs={
-            name: (array[:, :width] if array.shape[1:2] == batch.input_ids.shape[1:] else array).astype(np.float32)
+            name: (array[rows, :width] if array.ndim == 3 else array[rows]).astype(np.float32)
             for name, array in outputs.items()
         },
     )

@@ -17,7 +17,7 @@ from exporter.evaluate.session import check_for_network, installed
 from exporter.network import parse
 from runtime.bundle import Bundle
 from runtime.manifest import MODEL
-from runtime.ort_session import import_onnxruntime
+from runtime.ort_model import load_model
 
 Array = NDArray[Any]
 
@@ -41,15 +41,14 @@ class Runner:
 
 def onnxruntime_rows(bundle: Bundle) -> Runner:
     """The graph on ONNX Runtime's CPU."""
-    ort = import_onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    session = ort.InferenceSession(bundle.file(MODEL), options, providers=["CPUExecutionProvider"])
+    loaded = load_model(bundle, "cpu", None)
     names = [spec.name for spec in bundle.manifest.graph.outputs]
-    return Runner(
-        f"onnxruntime-cpu {ort.__version__}",
-        lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True)),
-    )
+
+    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        with loaded.running("whole rows"):
+            return dict(zip(names, loaded.model.run(names, dict(feeds)), strict=True))
+
+    return Runner(f"{loaded.backend} {loaded.version}", run)
 
 
 def evaluate_graph_rows(bundle: Bundle) -> Runner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -22,11 +22,28 @@ from runtime.contract import LOGITS, past_names, present_names
 from runtime.errors import UserError
 from runtime.hardware import cpu_name
 from runtime.manifest import MODEL
-from runtime.session import Floats, Ints
-from runtime.steps import CONTRACTS, Limits, Step, check_allocation
+from runtime.session import Floats, Ints, Session
+from runtime.steps import Limits, Step, check_allocation, contract_of
 from runtime.tensorrt_api import FLAVORS, import_tensorrt
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class _Cache(Protocol):
+    layers: int
+
+    def read(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]: ...
+
+    def write(self, layer: int, key: NDArray[Any], value: NDArray[Any]) -> None: ...
+
+
+class CachedSession(Session, Protocol):
+    """A session whose cache can be read and written: keys and values [slots, kv_heads, capacity, head_dim]."""
+
+    @property
+    def cache(self) -> _Cache:
+        """The cache that steps update in place."""
+        ...
 
 
 class EvaluatedCache:
@@ -79,7 +96,7 @@ class EvaluatedSession:
         self.non_finite: list[str] = []
         self._bundle = bundle
         self._programs = programs
-        self._contract = CONTRACTS[bundle.manifest.target]
+        self._contract = contract_of(bundle)
         self._allocate(1, 1)
 
     def reopen(self, *, slots: int, capacity: int) -> Self:
