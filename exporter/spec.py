@@ -178,8 +178,8 @@ def _check_consistent(spec: NemotronSpec, origin: str) -> None:
         )
     if spec.pad_token is not None and not 0 <= spec.pad_token < spec.vocab:
         raise UserError(
-            f"{origin}: pad_token_id {spec.pad_token} is outside the vocabulary of {spec.vocab}; correct it, or set it "
-            "to null"
+            f"{origin}: pad_token_id {spec.pad_token} is not within the model's vocabulary, 0…{spec.vocab - 1}; "
+            "correct it, or set it to null"
         )
 
 
