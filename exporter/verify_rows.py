@@ -117,13 +117,8 @@ def non_finite(edges: Sequence[str]) -> list[Comparison]:
 def prompts(bundle: Bundle) -> list[list[int]]:
     """One row of text and two of random token ids, of equal length."""
     text = Tokenizer(bundle).encode(SENTENCE)[:24]
-    random = np.random.default_rng(0).integers(_vocabulary(bundle), size=(2, max(len(text), 8)))
+    random = np.random.default_rng(0).integers(bundle.vocab_size, size=(2, max(len(text), 8)))
     return [text, *random.tolist()]
-
-
-def _vocabulary(bundle: Bundle) -> int:
-    """Token ids that the model has."""
-    return int(bundle.config["vocab_size"])
 
 
 def _runner(bundle: Bundle, network: bool) -> Runner:
@@ -134,11 +129,12 @@ def _runner(bundle: Bundle, network: bool) -> Runner:
 
 def _cases(bundle: Bundle, checkpoint: Checkpoint) -> dict[str, Batch]:
     """Batches by name, each within the bundle's length; a cache takes padding on the right alone."""
-    limit, vocabulary = bundle.manifest.max_length, _vocabulary(bundle)
+    limit, vocabulary = bundle.manifest.max_length, bundle.vocab_size
     pad = checkpoint.spec.pad_token
-    longest = min(limit, max(map(len, prompts(bundle))))
+    texts = prompts(bundle)
+    longest = min(limit, max(map(len, texts)))
     lengths = [longest, max(1, longest // 3), max(1, 2 * longest // 3)]
-    rows = [_unpadded(row[:length], pad, vocabulary) for row, length in zip(prompts(bundle), lengths, strict=True)]
+    rows = [_unpadded(row[:length], pad, vocabulary) for row, length in zip(texts, lengths, strict=True)]
     cases = {RIGHT: _batch(rows, pad or 0, left=False)}
     if not bundle.has_cache:
         cases[LEFT] = _batch(rows, pad or 0, left=True)

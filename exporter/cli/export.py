@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -65,19 +65,9 @@ def export(
     checkpoint: Path | str,
     bundle: Path | None,
     revision: str | None,
-    adapter: Path | None,
-    task: str | None,
-    target: str,
-    precision: str,
-    max_length: int | None,
     no_cache: bool,
-    inputs: str,
-    position_ids: bool,
-    output_hidden_states: bool,
-    output_attentions: bool,
-    verify: bool,
-    force: bool,
     as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Export CHECKPOINT, a Hugging Face directory or hub id, to BUNDLE.
 
@@ -94,28 +84,15 @@ def export(
     from exporter.staging import check_destination
 
     if bundle is not None:
-        check_destination(bundle, force)  # as the exporter does, but before torch is imported
+        check_destination(bundle, chosen["force"])  # as the exporter does, but before torch is imported
     directory = locate(checkpoint, revision)
     from exporter.export import ExportOptions
     from exporter.export import export as run
 
-    options = ExportOptions(
-        task=task,
-        target=target,
-        precision=precision,
-        max_length=max_length,
-        cache=False if no_cache else None,
-        inputs=inputs,
-        position_ids=position_ids,
-        output_hidden_states=output_hidden_states,
-        output_attentions=output_attentions,
-        verify=verify,
-        force=force,
-        adapter=adapter,
-    )
+    options = ExportOptions(cache=False if no_cache else None, **chosen)
     with writing(bundle or Path("artifacts")), stages() as progress:
         result = run(directory, bundle, options, progress)
-    if not verify:
+    if not chosen["verify"]:
         note("not compared with transformers (--no-verify): the bundle has no golden cases")
     if as_json:
         emit_json(result.to_json())
