@@ -68,7 +68,7 @@ def run_rows_gate(
     runner = _runner(bundle, network)
     cases = _cases(bundle, checkpoint)
     expected = Yardstick(Reference(checkpoint, manifest.task), manifest.precision).outputs(list(cases.values()))
-    ledger = Ledger(manifest.precision)
+    ledger = Ledger(manifest.precision, over_vocabulary=manifest.task == GENERATION)
     for done, ((case, batch), (exact, yardstick)) in enumerate(zip(cases.items(), expected, strict=True)):
         columns = _columns(bundle, batch)
         try:

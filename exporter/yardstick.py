@@ -70,9 +70,16 @@ class _Largest:
 
 @dataclass
 class Ledger:
-    """What the gate has compared so far."""
+    """What the gate has compared so far.
+
+    Attributes:
+        precision: of the graph.
+        over_vocabulary: whether logits are of tokens, whose divergence counts in 16 bit. That of a head's few labels
+            over a few rows scatters too much for a mean to say anything; their largest |Δ| is compared as all else is.
+    """
 
     precision: str
+    over_vocabulary: bool = True
     _largest: dict[tuple[str, str], _Largest] = field(default_factory=dict)
     _divergence: list[tuple[Array, Array]] = field(default_factory=list)
 
@@ -86,7 +93,7 @@ class Ledger:
         row.ours = float(np.maximum(row.ours, np.abs(ours - exact).max(initial=0.0)))  # keeps what is not a number
         row.yardstick = float(np.maximum(row.yardstick, np.abs(yardstick - exact).max(initial=0.0)))
         row.exact = max(row.exact, float(np.abs(exact).max(initial=0.0)))
-        if name == "logits" and self.precision != "fp32":
+        if name == "logits" and self.over_vocabulary and self.precision != "fp32":
             self._divergence.append((_divergence(exact, ours), _divergence(exact, yardstick)))
 
     def comparisons(self) -> list[Comparison]:
