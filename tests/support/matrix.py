@@ -92,6 +92,10 @@ CONFIGURATIONS: dict[str, Case] = {
     "a pad token": Case({"pad_token_id": 3}),
     "a vocabulary of 101": Case({"vocab_size": 101}),
     "a vocabulary of 1031": Case({"vocab_size": 1031}),
+    "an odd width of the MLP": Case({"intermediate_size": 101}),
+    "what only training reads": Case(
+        {"use_cache": False, "attention_dropout": 0.1, "initializer_range": 0.5, "bos_token_id": ABSENT}
+    ),
     "one layer": Case({"num_hidden_layers": 1}),
     "five layers": Case({"num_hidden_layers": 5}),
     "a context of 7": Case({"max_position_embeddings": 7}),
