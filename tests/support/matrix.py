@@ -90,7 +90,6 @@ CONFIGURATIONS: dict[str, Case] = {
     "eos a list, pad absent": Case({"eos_token_id": [2, 5], "pad_token_id": ABSENT}),
     "eos absent": Case({"eos_token_id": None}),
     "a pad token": Case({"pad_token_id": 3}),
-    "a vocabulary of 101": Case({"vocab_size": 101}),
     "a vocabulary of 1031": Case({"vocab_size": 1031}),
     "an odd width of the MLP": Case({"intermediate_size": 101}),
     "what only training reads": Case(
