@@ -128,13 +128,12 @@ class Reference:
 
     def _adapt(self, model: Any) -> None:
         """Put in the weights that an adapter changes, merged."""
+        owned = dict(model.named_parameters())
         for name in self._checkpoint.adapted:
-            merged = self._checkpoint.read(name)
             prefixed = f"{model.base_model_prefix}.{name}"
-            owned = dict(model.named_parameters())
             target = next((owned[known] for known in (name, prefixed) if known in owned), None)
             if target is not None:  # else of a head that this task does without
-                target.data.copy_(merged)
+                target.data.copy_(self._checkpoint.read(name))
 
     def _run(self, model: Any, row: Row) -> Forward:
         cache = DynamicCache(config=self._config)

@@ -53,7 +53,6 @@ class NemotronSpec:
     norm_eps: float
     activation: str
     tied: bool
-    labels: int
     pad_token: int | None
     config: NemotronConfig = field(repr=False, compare=False)
 
@@ -102,7 +101,6 @@ def spec_from_config(raw: dict[str, Any], origin: str) -> NemotronSpec:
         norm_eps=config.norm_eps,
         activation=config.hidden_act,
         tied=config.tie_word_embeddings,
-        labels=int(config.num_labels or 0),
         pad_token=config.pad_token_id,
         config=config,
     )

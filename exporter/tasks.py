@@ -52,7 +52,6 @@ TASKS = {
         Task(ANSWERS, "NemotronForQuestionAnswering", "qa_outputs", (START_LOGITS, END_LOGITS)),
     )
 }
-HEADS = tuple(dict.fromkeys(task.head for task in TASKS.values() if task.head))
 ARCHITECTURES = {task.architecture: task for task in TASKS.values()}
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from exporter.checkpoint import Checkpoint
 from exporter.evaluate.rows import Runner, evaluate_graph_rows, evaluate_network_rows, onnxruntime_rows
 from exporter.reference import Batch, Reference
-from exporter.tasks import GENERATION, SEQUENCES, TASKS
+from exporter.tasks import GENERATION, TASKS
 from exporter.yardstick import Ledger, Outputs, Yardstick, compare
 from runtime.bundle import Bundle
 from runtime.contract import (
@@ -33,7 +33,7 @@ from runtime.contract import (
 )
 from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden, GoldenStep
-from runtime.golden_forward import ForwardCase, GoldenForward
+from runtime.golden_forward import ForwardCase, GoldenForward, real_tokens
 from runtime.manifest import Comparison, Parity
 from runtime.session import Ints
 from runtime.tokenizer import Tokenizer
@@ -201,13 +201,9 @@ def _comparable(name: str, array: Array, columns: Ints, task: str) -> Array:
 def _real(name: str, batch: Batch, columns: Ints, task: str, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """Which leading part of an output is of real tokens."""
     real: NDArray[np.bool_] = batch.attention_mask != 0
-    if name == LOGITS and task == SEQUENCES:
-        return np.ones(len(real), bool)
-    if name == LOGITS and task == GENERATION:
+    if (name, task) == (LOGITS, GENERATION):
         return np.take_along_axis(real, columns, 1)
-    if name.startswith("attentions."):
-        return np.broadcast_to((real[:, :, None] & real[:, None, :])[:, None], shape)
-    return real
+    return real_tokens(name, shape, real)
 
 
 def _golden(

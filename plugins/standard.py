@@ -6,11 +6,9 @@ Runtime runs it too, and graphs without a cache take this form for either target
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import onnx_ir as ir
 
+from plugins.nodes import Nodes
 from plugins.ops import is_partial_rope_attention, is_partial_rope_self_attention
 
 ATTENTION = "Attention"
@@ -32,7 +30,7 @@ def lower_to_standard_attention(graph: ir.Graph, input_ids: ir.Value, write_indi
     fused = [node for node in graph if is_partial_rope_attention(node)]
     if not fused:
         return 0
-    build = Builder(graph)
+    build = Nodes(graph, "attention")
     sequence = build("Shape", input_ids, start=1, end=2)
     steps = build("Range", build.constant("zero", 0), build("Squeeze", sequence), build.constant("one", 1))
     positions = build("Add", build("Unsqueeze", write_indices, build.constant("column", [1])), steps)
@@ -56,7 +54,7 @@ def lower_to_masked_attention(graph: ir.Graph, attention_mask: ir.Value) -> int:
     fused = [node for node in graph if is_partial_rope_self_attention(node)]
     if not fused:
         return 0
-    build = Builder(graph)
+    build = Nodes(graph, "attention")
     visible = _visible(build, attention_mask)
     graph.insert_before(next(iter(graph)), build.take())
     for node in fused:
@@ -64,13 +62,13 @@ def lower_to_masked_attention(graph: ir.Graph, attention_mask: ir.Value) -> int:
     return len(fused)
 
 
-def _replace(graph: ir.Graph, node: ir.Node, build: Builder, outputs: list[ir.Value]) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, build: Nodes, outputs: list[ir.Value]) -> None:
     for new, old in zip(outputs, node.outputs, strict=True):
         new.shape, new.type = old.shape, old.type
     ir.convenience.replace_nodes_and_values(graph, node, [node], build.take(), node.outputs, outputs)
 
 
-def _cached(build: Builder, node: ir.Node, positions: ir.Value, lengths: ir.Value) -> list[ir.Value]:
+def _cached(build: Nodes, node: ir.Node, positions: ir.Value, lengths: ir.Value) -> list[ir.Value]:
     query, key, value, cos, sin, past_key, past_value, write_indices, *given = node.inputs
     heads = _Heads(build, node, (cos, sin, given[0] if given else positions))
 
@@ -88,7 +86,7 @@ def _cached(build: Builder, node: ir.Node, positions: ir.Value, lengths: ir.Valu
     return [heads.merged(attention), present_key, present_value]
 
 
-def _masked(build: Builder, node: ir.Node, visible: ir.Value) -> list[ir.Value]:
+def _masked(build: Nodes, node: ir.Node, visible: ir.Value) -> list[ir.Value]:
     query, key, value, cos, sin, positions, _ = node.inputs
     heads = _Heads(build, node, (cos, sin, positions))
     inputs = (heads.rotated(query, "heads"), heads.rotated(key, "kv_heads"), heads.split(value, "kv_heads"), visible)
@@ -99,7 +97,7 @@ def _masked(build: Builder, node: ir.Node, visible: ir.Value) -> list[ir.Value]:
     return [heads.merged(build(ATTENTION, *inputs, scale=scale)), ir.Value(name=weights.name)]
 
 
-def _visible(build: Builder, attention_mask: ir.Value) -> ir.Value:
+def _visible(build: Nodes, attention_mask: ir.Value) -> ir.Value:
     """bool [batch, 1, sequence, sequence]: keys at or before the query that are real, or the query's own."""
     sequence = build("Squeeze", build("Shape", attention_mask, start=1, end=2))
     steps = build("Range", build.constant("zero", 0), sequence, build.constant("one", 1))
@@ -113,7 +111,7 @@ def _visible(build: Builder, attention_mask: ir.Value) -> ir.Value:
 class _Heads:
     """Splits, rotates and merges the heads of one fused node."""
 
-    def __init__(self, build: Builder, node: ir.Node, rotation: tuple[ir.Value | None, ...]) -> None:
+    def __init__(self, build: Nodes, node: ir.Node, rotation: tuple[ir.Value | None, ...]) -> None:
         self._build, self._attributes, self._rotation = build, node.attributes, rotation
 
     def split(self, x: ir.Value | None, heads: str) -> ir.Value:
@@ -129,32 +127,3 @@ class _Heads:
     def merged(self, context: ir.Value) -> ir.Value:
         merged = self._build("Transpose", context, perm=_HEADS_FIRST)
         return self._build("Reshape", merged, self._build.constant("merge", [0, 0, -1]))
-
-
-class Builder:
-    """Makes nodes, and each constant once."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
-        self._tape = ir.tape.Tape()
-
-    def __call__(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """A node of one output."""
-        return self._tape.op(op_type, list(inputs), attributes)
-
-    def many(self, op_type: str, outputs: int, *inputs: ir.Value | None, **attributes: Any) -> list[ir.Value]:
-        """A node of several outputs."""
-        return list(self._tape.op_multi_out(op_type, list(inputs), attributes, num_outputs=outputs))
-
-    def constant(self, name: str, value: Any) -> ir.Value:
-        """An int64 initializer."""
-        name = f"attention.{name}"
-        if name not in self._graph.initializers:
-            tensor = ir.tensor(np.asarray(value, np.int64), name=name)
-            self._graph.initializers.add(ir.val(name, const_value=tensor))
-        return self._graph.initializers[name]
-
-    def take(self) -> list[ir.Node]:
-        """The nodes made since the last call."""
-        nodes, self._tape = list(self._tape.nodes), ir.tape.Tape()
-        return nodes

@@ -7,7 +7,7 @@ vocabulary would not fit the file.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,8 +20,6 @@ from runtime.forward import ForwardSession
 from runtime.golden_file import FORWARD, reading
 from runtime.manifest import Comparison
 from runtime.session import Floats, Ints
-
-_OPTIONAL = ("hidden_states.", "attentions.")
 
 
 @dataclass(frozen=True)
@@ -50,25 +48,6 @@ class GoldenForward:
     def limit_of(self, output: str) -> float:
         """The largest difference that passes in this output."""
         return self.limit[output] if isinstance(self.limit, Mapping) else self.limit
-
-    def fitted(self, size: int = 900_000) -> Self:
-        """The same cases with no more optional outputs than fit `size` bytes uncompressed.
-
-        The head's own outputs always stay; hidden states and attentions are left out from the last on.
-        """
-        total, cases = 0, []
-        for case in self.cases:
-            total += sum(value.nbytes for name, value in case.outputs.items() if not name.startswith(_OPTIONAL))
-        for case in self.cases:
-            kept = {}
-            for name, value in case.outputs.items():
-                fits = total + value.nbytes <= size
-                if name.startswith(_OPTIONAL):
-                    total += value.nbytes if fits else 0
-                if fits or not name.startswith(_OPTIONAL):
-                    kept[name] = value
-            cases.append(replace(case, outputs=kept))
-        return replace(self, cases=cases)
 
     def save(self, path: Path) -> None:
         """Write the cases as a compressed npz."""
@@ -117,7 +96,7 @@ def replay_forward(session: ForwardSession, golden: GoldenForward) -> list[Compa
                     f"{name} of {case.case!r} should be {expected.shape}, {session.backend} gives {shape}; "
                     "copy or export the bundle again"
                 )
-            real = _real(name, expected.shape, case.attention_mask.astype(bool))
+            real = real_tokens(name, expected.shape, case.attention_mask.astype(bool))
             difference = float(np.abs(found[name][real] - expected[real]).max())
             value = difference if np.isfinite(difference) else None
             limit = golden.limit_of(name)
@@ -128,8 +107,16 @@ def replay_forward(session: ForwardSession, golden: GoldenForward) -> list[Compa
     return comparisons
 
 
-def _real(name: str, shape: tuple[int, ...], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Where an output speaks of real tokens: all of pooled logits, [batch, sequence] of others, query × key."""
+def real_tokens(name: str, shape: tuple[int, ...], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Where an output speaks of real tokens, as an index of its leading axes.
+
+    Args:
+        name, shape: of the output.
+        mask: bool [batch, sequence], true for a real token.
+
+    Returns:
+        Everything of pooled logits [batch, labels]; query × key of attentions; of others `mask`.
+    """
     if name == LOGITS and len(shape) == 2:
         return np.ones(shape, bool)
     if name.startswith("attentions."):

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from exporter.lowering.mask_contract import adopt_mask, keep_last_tokens
+from exporter.passes.base import has_cache
 from plugins.onnxruntime import CONTRIB_DOMAIN, GROUP_QUERY_ATTENTION, CannotLower
-from plugins.ops import DOMAIN, is_fused, is_partial_rope_self_attention
+from plugins.ops import DOMAIN, is_fused
 from plugins.standard import ATTENTION, lower_to_masked_attention, lower_to_standard_attention
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, WRITE_INDICES
 from runtime.errors import UserError
@@ -91,10 +92,7 @@ def lower(model: ir.Model, name: str, layers: int) -> Lowered:
     """
     if name not in TARGETS:
         raise UserError(f"unknown target {name!r}; known: {', '.join(TARGETS)}")
-    whole_rows = any(map(is_partial_rope_self_attention, model.graph)) or not any(
-        value.name is not None and value.name.startswith("past_key_values.") for value in model.graph.inputs
-    )
-    form = TARGETS[name].uncached if whole_rows else TARGETS[name].cached
+    form = TARGETS[name].cached if has_cache(model.graph) else TARGETS[name].uncached
     fallbacks: list[str] = []
     if any(map(is_fused, model.graph)):
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from exporter.lowering.last_tokens import Nodes, last_columns, logits_to_keep, rightmost
+from exporter.passes.last_tokens import CONTRACT, last_columns, logits_to_keep, rightmost
+from plugins.nodes import Nodes
 from plugins.onnxruntime import lower_to_group_query_attention
 from runtime.contract import ATTENTION_MASK, LOGITS, LOGITS_INDICES, WRITE_INDICES
 
@@ -23,7 +24,7 @@ def adopt_mask(graph: ir.Graph) -> list[str]:
     tokens = graph.inputs[0]
     mask = ir.val(ATTENTION_MASK, dtype=ir.DataType.INT64, shape=["batch", "total"])
     graph.inputs.insert(1, mask)
-    before, after = Nodes(graph), Nodes(graph)
+    before, after = Nodes(graph, CONTRACT), Nodes(graph, CONTRACT)
 
     valid = before("ReduceSum", mask, before.constant("axis_1", [1]), keepdims=0)  # [batch]
     total, sequence = before("Shape", mask, start=1, end=2), before("Shape", tokens, start=1, end=2)  # [1]
@@ -46,7 +47,7 @@ def keep_last_tokens(graph: ir.Graph) -> None:
     inputs = {value.name: value for value in graph.inputs}
     if LOGITS_INDICES not in inputs:
         return
-    before = Nodes(graph)
+    before = Nodes(graph, CONTRACT)
     real = before("Not", before("Equal", inputs[ATTENTION_MASK], before.constant("zero", 0)))
     _keep_last(graph, before, rightmost(before, real))
     graph.insert_before(next(iter(graph)), before.take())

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from runtime.contract import past_names
 from runtime.errors import UserError
 
 
@@ -53,3 +54,8 @@ def constant_of(value: ir.Value | None) -> float | None:
     """The number that a constant of one element holds; None for anything else."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     return tensor.numpy().item() if tensor is not None and tensor.size == 1 else None
+
+
+def has_cache(graph: ir.Graph) -> bool:
+    """Whether keys and values of earlier steps go in."""
+    return any(value.name == past_names(0)[0] for value in graph.inputs)

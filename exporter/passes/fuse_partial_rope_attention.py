@@ -15,9 +15,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporter.passes.attention_patterns import ROTARY, Shared, attention_rules, rotary_rules, why_unmatched
-from exporter.passes.base import GraphPass
+from exporter.passes.base import GraphPass, has_cache
 from exporter.passes.subgraph import evaluate
 from exporter.spec import NemotronSpec
+from plugins.nodes import Nodes
 from plugins.ops import (
     DOMAIN,
     DOMAIN_VERSION,
@@ -47,7 +48,7 @@ class FusePartialRopeAttention(GraphPass):
         """Fuse every layer's attention, then give the graph the fused op's contract."""
         if any(map(is_fused, model.graph)):
             return 0
-        cached = any(value.name == past_names(0)[0] for value in model.graph.inputs)
+        cached = has_cache(model.graph)
         rotary = rotary_rules()
         while rotary.apply_to_model(model):  # one rule matches what another made
             pass
@@ -95,18 +96,12 @@ class FusePartialRopeAttention(GraphPass):
     @staticmethod
     def _columns(graph: ir.Graph, mask: ir.Value) -> ir.Value:
         """Each token's column, int64 [batch, sequence]: the positions that transformers takes where none are given."""
-        tape = ir.tape.Tape()
-        zero, one, axis = (
-            ir.val(name, const_value=ir.tensor(np.asarray(value, np.int64), name=name))
-            for name, value in (("positions.zero", 0), ("positions.one", 1), ("positions.axis", [0]))
-        )
-        for value in (zero, one, axis):
-            graph.initializers.add(value)
-        shape = tape.op("Shape", [mask])
-        sequence = tape.op("Squeeze", [tape.op("Shape", [mask], {"start": 1, "end": 2})])
-        row = tape.op("Unsqueeze", [tape.op("Range", [zero, sequence, one]), axis])
-        positions = tape.op("Expand", [row, shape])
-        graph.insert_before(next(iter(graph)), tape.nodes)
+        nodes = Nodes(graph, "positions")
+        shape = nodes("Shape", mask)
+        sequence = nodes("Squeeze", nodes("Shape", mask, start=1, end=2))
+        columns = nodes("Range", nodes.constant("zero", 0), sequence, nodes.constant("one", 1))
+        positions = nodes("Expand", nodes("Unsqueeze", columns, nodes.constant("axis", [0])), shape)
+        graph.insert_before(next(iter(graph)), nodes.take())
         return positions
 
     @staticmethod

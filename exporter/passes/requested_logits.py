@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from exporter.lowering.last_tokens import Nodes, rightmost
 from exporter.passes.base import GraphPass
+from exporter.passes.last_tokens import CONTRACT, rightmost
+from plugins.nodes import Nodes
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_INDICES
 
 
@@ -54,7 +55,7 @@ class RequestedLogits(_GatheredLogits):
             return 0
         indices = ir.val(LOGITS_INDICES, dtype=ir.DataType.INT64, shape=["batch", "kept"])
         graph.inputs.insert(2, indices)
-        self._gather(graph, indices, Nodes(graph))
+        self._gather(graph, indices, Nodes(graph, CONTRACT))
         return 1
 
 
@@ -77,7 +78,7 @@ class PooledLogits(_GatheredLogits):
         producer = logits.producer()
         if producer is not None and producer.op_type == "Squeeze":
             return 0
-        nodes = Nodes(graph)
+        nodes = Nodes(graph, CONTRACT)
         inputs = {value.name: value for value in graph.inputs}
         by_mask = self.pad_token is None
         source = inputs[ATTENTION_MASK if by_mask else INPUT_IDS]

@@ -44,7 +44,7 @@ def _trace_each_structure_once(monkeypatch: pytest.MonkeyPatch) -> None:
         config = {name: value for name, value in spec.config.to_dict().items() if name not in UNTRACED}
         module = NemotronRotaryEmbedding(spec.config)
         scaling = module.attention_scaling
-        key = json.dumps([config, spec.rotary_dim, scaling, spec.labels, task.name, cached], default=str)
+        key = json.dumps([config, spec.rotary_dim, scaling, spec.config.num_labels, task.name, cached], default=str)
         if key not in _traces:
             _traces[key] = original(spec, task, cached=cached)
         model = _traces[key].clone()

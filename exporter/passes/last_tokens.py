@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 
+from plugins.nodes import Nodes
 from runtime.contract import LOGITS_TO_KEEP
 
-
-class Nodes:
-    """Nodes that a contract adds to a graph, and each constant of it once."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
-        self._tape = ir.tape.Tape()
-
-    def __call__(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        """A node of one output."""
-        return self._tape.op(op_type, list(inputs), attributes)
-
-    def constant(self, name: str, value: Any) -> ir.Value:
-        """An initializer; its dtype is the value's."""
-        name = f"contract.{name}"
-        if name not in self.graph.initializers:
-            self.graph.initializers.add(ir.val(name, const_value=ir.tensor(np.asarray(value), name=name)))
-        return self.graph.initializers[name]
-
-    def take(self) -> list[ir.Node]:
-        """The nodes made since the last call."""
-        nodes, self._tape = list(self._tape.nodes), ir.tape.Tape()
-        return nodes
+CONTRACT = "contract"  # what the nodes here are for, in the names of their constants
 
 
 def last_columns(nodes: Nodes, last: ir.Value, keep: ir.Value) -> ir.Value:
