@@ -2,7 +2,7 @@
 
     python -m benchmarks.llama_cpp --llama DIR [--build DIR] [--types TYPE ...] [--results FILE]
 
-DIR is a checkout of llama.cpp, built in DIR/build unless `--build` says where, for instance by
+DIR is a checkout of llama.cpp, built as shared libraries in DIR/build unless `--build` says where, for instance by
 
     cmake -S DIR -B DIR/build -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF
     cmake --build DIR/build --target llama llama-quantize llama-imatrix
@@ -12,9 +12,9 @@ the checkpoint's calibration text (both, if both follow). Needs the extra `expor
 imports. The checkpoint is a plain Nemotron with a byte-level BPE tokenizer and its two texts.
 
 Held-out documents become one stream of tokens, `<s>` document `</s>`, cut into windows of 256 that are run each by
-itself: the first 16, and all. Every type is measured twice, as llama.cpp runs it, which rounds activations to 8 bits
-as well wherever weights are quantised, and `weights alone`: dequantised to float32. Exit code 1 where llama.cpp's
-float32 is not transformers'; nothing else would then mean anything.
+itself: the first 16, and all. Every type is measured twice: as llama.cpp runs it on the CPU, where activations are
+rounded to 8 bits wherever weights are quantised, and `weights alone`: dequantised to float32. Exit code 1 where
+llama.cpp's float32 is not transformers'; nothing else would then mean anything.
 """
 
 from __future__ import annotations

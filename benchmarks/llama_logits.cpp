@@ -8,6 +8,7 @@
 #include <fstream>
 #include <vector>
 
+#include "ggml-backend.h"
 #include "ggml.h"
 #include "llama.h"
 
@@ -26,7 +27,10 @@ int main(int argc, char ** argv) {
     }, nullptr);
 
     llama_backend_init();
-    llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
+    ggml_backend_dev_t no_devices[] = {nullptr};  // the CPU, whatever else the library was built for
+    llama_model_params loading = llama_model_default_params();
+    loading.devices = no_devices;
+    llama_model * model = llama_model_load_from_file(argv[1], loading);
     check(model != nullptr, "the model does not load");
     llama_context_params params = llama_context_default_params();
     params.n_ctx = params.n_batch = params.n_ubatch = window;
