@@ -28,10 +28,10 @@ def check_plot(path: Path) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot plot to {path}; give a file that ends in {' or '.join(SUFFIXES)}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(
-            f"cannot write {path}: it is, or is in, no place for a file; give a file in a directory that is there"
-        )
+    if path.is_dir():
+        raise UserError(f"cannot plot to {path}, a directory; give a file in it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"cannot plot to {path}; give a file in a directory that is there")
     try:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
@@ -60,8 +60,10 @@ def draw(points: Sequence[Point], path: Path) -> list[str]:
     axes.set_xlabel("model (MB)")
     axes.set_ylabel("mean KL from transformers in fp32 (nats)")
     axes.grid(visible=True, which="both", alpha=0.3)
-    for name, at, kl in placed:
-        axes.annotate(name, (at, kl), xytext=(5, 5), textcoords="offset points", parse_math=False)
+    middle = sum(axes.get_xlim()) / 2
+    for name, at, kl in placed:  # names lie towards the middle, within the frame
+        offset, side = (5, "left") if at <= middle else (-5, "right")
+        axes.annotate(name, (at, kl), xytext=(offset, 5), textcoords="offset points", ha=side, parse_math=False)
     # Text stays text, and the same figures give the same bytes.
     vector = path.suffix.lower() == ".svg"
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "nemotron-export"}):

@@ -132,9 +132,11 @@ def test_a_plot_is_the_same_each_time(cli, pair, tmp_path):
     [
         ("plot.pdf", "ends in .svg or .png"),
         ("nowhere/plot.svg", "in a directory that is there"),
+        ("directory.svg", "a directory; give a file in it"),
     ],
 )
 def test_a_plot_that_cannot_be_is_refused_first(cli, pair, tmp_path, file, words):
+    (tmp_path / "directory.svg").mkdir()
     outcome = cli("compare", *pair, "--plot", tmp_path / file)
     assert (outcome.code, outcome.out) == (2, "")
     assert words in outcome.err
