@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +92,18 @@ class Reference:
         """
         model = self._load(dtype)
         return [self._run(model, row) for row in rows]
+
+    def each_logits(self, rows: Iterable[Sequence[int] | Ints]) -> Iterator[NDArray[np.float32]]:
+        """Run rows of a causal LM one by one in fp32, each when it is asked for: float32 logits [sequence, vocab].
+
+        The model is in memory from the first row to the last. Of rows, one at a time: with 256 000 tokens the logits of
+        512 positions are half a gigabyte.
+        """
+        model = self._load(torch.float32)
+        for row in rows:
+            with torch.no_grad():
+                logits = model(torch.tensor([list(row)]), use_cache=False).logits[0]
+            yield logits.numpy()
 
     def outputs(self, batches: Sequence[Batch], dtype: torch.dtype = torch.float32) -> list[dict[str, Floats]]:
         """Run batches without a cache; what the task's graph can hand out, float64, by the graph's names.

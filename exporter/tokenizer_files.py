@@ -28,7 +28,7 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
         UserError: no tokenizer, or one that cannot be loaded or converted, or that has tokens the model does not know;
             or a template that is not valid.
     """
-    tokenizer, source = _tokenizer(checkpoint.path)
+    tokenizer, source = open_tokenizer(checkpoint.path)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= checkpoint.spec.vocab:
         raise UserError(
@@ -55,7 +55,7 @@ def write_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
         if path.is_file():
             shutil.copyfile(path, directory / TOKENIZER_CONFIG)
     else:
-        tokenizer, source = _tokenizer(checkpoint.path)
+        tokenizer, source = open_tokenizer(checkpoint.path)
         tokenizer.save(str(directory / TOKENIZER))
         config = read_object(path) if path.is_file() else {}
         roles = role_tokens(source, read_special_tokens(checkpoint.path))
@@ -63,6 +63,27 @@ def write_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
     template = chat_template(checkpoint.path)
     if template is not None:
         (directory / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+
+
+def open_tokenizer(directory: Path) -> tuple[Tokenizer, Path]:
+    """The tokenizer, loaded or converted, and the file that it comes from.
+
+    Raises:
+        UserError: there is none, or it cannot be loaded or converted.
+    """
+    path = directory / TOKENIZER
+    if path.is_file():
+        try:
+            return Tokenizer.from_file(str(path)), path
+        except Exception as error:  # tokenizers raises plain Exception for every fault of the file
+            raise UserError(f"{path} cannot be loaded: {error}; download the checkpoint again") from error
+    model = find_model(directory)
+    if model is None:
+        raise UserError(
+            f"{directory} has no {TOKENIZER} and no sentencepiece model to convert; write one with transformers: "
+            "AutoTokenizer.from_pretrained(checkpoint).save_pretrained(checkpoint)"
+        )
+    return convert(model, read_special_tokens(directory)), model
 
 
 def chat_template(directory: Path) -> str | None:
@@ -96,20 +117,3 @@ def _default(place: Path, named: Mapping[Any, Any]) -> Any:
     if "default" not in named:
         raise UserError(f"{place} has chat templates {', '.join(map(str, named))} but no 'default'; rename one")
     return named["default"]
-
-
-def _tokenizer(directory: Path) -> tuple[Tokenizer, Path]:
-    """The tokenizer, loaded or converted, and the file that it comes from."""
-    path = directory / TOKENIZER
-    if path.is_file():
-        try:
-            return Tokenizer.from_file(str(path)), path
-        except Exception as error:  # tokenizers raises plain Exception for every fault of the file
-            raise UserError(f"{path} cannot be loaded: {error}; download the checkpoint again") from error
-    model = find_model(directory)
-    if model is None:
-        raise UserError(
-            f"{directory} has no {TOKENIZER} and no sentencepiece model to convert; write one with transformers: "
-            "AutoTokenizer.from_pretrained(checkpoint).save_pretrained(checkpoint)"
-        )
-    return convert(model, read_special_tokens(directory)), model

@@ -97,6 +97,33 @@ class Parity(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quality(Record):
+    """How well the bundle predicts a text, and how far it is from transformers in fp32 there.
+
+    Attributes:
+        text: the text's file name.
+        tokens: of the text that were run, in windows that know nothing of each other.
+        perplexity: exp of the mean −log p (nats) of each window's tokens from its second on.
+        reference_perplexity: that of transformers in fp32 on the same windows.
+        kl_mean, kl_p99: mean and 99th percentile of KL(transformers ‖ bundle) in nats over all positions.
+        top1: the fraction of positions, 0..1, where both find the same token most likely.
+    """
+
+    text: str
+    tokens: int
+    perplexity: float
+    reference_perplexity: float
+    kl_mean: float
+    kl_p99: float
+    top1: float
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Of the perplexity over the reference's, in percent of that."""
+        return 100 * (self.perplexity / self.reference_perplexity - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileRecord(Record):
     """A file's content: hexadecimal sha256 and length in bytes."""
 
@@ -157,7 +184,7 @@ class Manifest(Record):
     passes: tuple[PassRecord, ...] = ()
     lowering: Lowering | None = None
     parity: Parity | None = None
-    quality: dict[str, Any] | None = None
+    quality: Quality | None = None
     engines: tuple[Engine, ...] = ()
     files: dict[str, FileRecord] = field(default_factory=dict)
 

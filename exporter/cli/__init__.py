@@ -77,6 +77,7 @@ def commands() -> click.Group:
     """The program: every command, in the order of its help."""
     from exporter.cli.build import build
     from exporter.cli.chat import chat
+    from exporter.cli.compare import compare
     from exporter.cli.demo import demo
     from exporter.cli.doctor import doctor
     from exporter.cli.export import export
@@ -89,7 +90,7 @@ def commands() -> click.Group:
     @click.group(
         PROGRAM,
         cls=_Program,
-        commands=(demo, export, verify, build, selftest, generate, chat, predict, inspect, doctor),
+        commands=(demo, export, verify, build, selftest, generate, chat, predict, inspect, compare, doctor),
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     @click.version_option(__version__, prog_name=PROGRAM)

@@ -15,6 +15,7 @@ EXTRAS = {
     "gpu": ("onnxruntime-gpu",),
     "tensorrt": ("tensorrt", "polygraphy", "cuda-python", "onnx"),
     "rtx": ("tensorrt-rtx", "polygraphy", "cuda-python", "onnx"),
+    "plot": ("matplotlib",),
 }
 EITHER_ONNXRUNTIME = (
     f"pip install '{DISTRIBUTION}[cpu]' or, with an NVIDIA GPU, '{DISTRIBUTION}[gpu]' (one of them, never both)"
@@ -28,4 +29,6 @@ def remedy_for(module: str | None) -> str | None:
         return f"pip install '{DISTRIBUTION}[export,cpu]'"
     if package == "onnxruntime":
         return EITHER_ONNXRUNTIME
+    if package in EXTRAS["plot"]:
+        return f"pip install '{DISTRIBUTION}[plot]'"
     return f"pip install {DISTRIBUTION}" if package in BASE else None

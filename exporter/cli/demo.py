@@ -12,8 +12,8 @@ from exporter.cli._console import note, stages, writing
 from exporter.cli._options import PATH
 from exporter.cli.export import print_export
 from exporter.cli.generate import stream_text, summary
+from exporter.embedded import NAME, embedded_checkpoint
 
-NAME = "tiny-nemotron"
 PROMPT = "Complete the paragraph: our solar system is"
 
 
@@ -45,22 +45,6 @@ def demo(bundle: Path | None, force: bool) -> None:
         note(summary(generation.result()))
         if bundle is not None:
             click.echo(f"next: nemotron-export chat {bundle}")
-
-
-def embedded_checkpoint() -> Path:
-    """The checkpoint in the installed package, or in the source tree.
-
-    Raises:
-        UserError: neither has it.
-    """
-    from runtime.errors import UserError
-
-    package = Path(__file__).parents[1]
-    places = (package / "data" / NAME, package.parent / "artifacts" / NAME)
-    found = next((place for place in places if (place / "config.json").is_file()), None)
-    if found is None:
-        raise UserError(f"{places[0]} is missing; install nemotron-export again")
-    return found
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from exporter.cli.demo import embedded_checkpoint
+from exporter import embedded
+from exporter.embedded import embedded_checkpoint
 from runtime.manifest import Graph, Manifest, Source
 
 
@@ -63,8 +64,7 @@ def test_a_bundle_that_is_there_is_replaced_only_when_asked(cli, exporter, tmp_p
 
 
 def test_an_installed_package_brings_its_own_checkpoint(tmp_path, monkeypatch):
-    command = sys.modules["exporter.cli.demo"]
-    monkeypatch.setattr(command, "__file__", str(tmp_path / "exporter" / "cli" / "demo.py"))
+    monkeypatch.setattr(embedded, "__file__", str(tmp_path / "exporter" / "embedded.py"))
     for place in (tmp_path / "artifacts", tmp_path / "exporter" / "data"):
         (place / "tiny-nemotron").mkdir(parents=True)
         (place / "tiny-nemotron" / "config.json").touch()
@@ -72,7 +72,7 @@ def test_an_installed_package_brings_its_own_checkpoint(tmp_path, monkeypatch):
 
 
 def test_an_installation_without_the_checkpoint_says_so(cli, exporter, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["exporter.cli.demo"], "__file__", str(tmp_path / "exporter/cli/demo.py"))
+    monkeypatch.setattr(embedded, "__file__", str(tmp_path / "exporter" / "embedded.py"))
     outcome = cli("demo")
     assert outcome.code == 2
     assert "install nemotron-export again" in outcome.err

@@ -11,9 +11,12 @@ import pytest
 from forward_bundles import Toy
 
 ROOT = Path(__file__).parents[3]
-COMMANDS = ("demo", "export", "verify", "build", "selftest", "generate", "chat", "predict", "inspect", "doctor")
+COMMANDS = (
+    *("demo", "export", "verify", "build", "selftest"),
+    *("generate", "chat", "predict", "inspect", "compare", "doctor"),
+)
 EXPORT_ONLY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes")
-HEAVY = (*EXPORT_ONLY, "numpy", "rich", "onnxruntime", "tokenizers", "jinja2")
+HEAVY = (*EXPORT_ONLY, "numpy", "rich", "matplotlib", "onnxruntime", "tokenizers", "jinja2")
 
 # Runs a command, then tells on stderr's last line the modules it loaded and the processor time it took.
 _PROBE = """
@@ -57,6 +60,7 @@ def test_help_lists_every_command():
         ("selftest", "{bundle}", "--json"),
         ("inspect", "{bundle}", "--json"),
         ("inspect", "{checkpoint}", "--json"),
+        ("compare", "{bundle}", "--json"),
         ("doctor", "--json"),
     ],
 )
