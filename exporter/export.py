@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,56 +17,29 @@ import onnx_ir as ir
 from exporter import __version__, passes
 from exporter.checkpoint import Checkpoint
 from exporter.companions import check_companions, write_companions, write_genai_config
-from exporter.lowering import TARGETS, Lowered, lower
+from exporter.lowering import Lowered, lower
+from exporter.origin import part_of
 from exporter.passes.base import PassReport
-from exporter.rope import checked_length, rope_tables
+from exporter.plan import ExportOptions, Plan, Windows, make_plan, windows_of
+from exporter.quality import check_limits, logits_of, measure
+from exporter.recipe import Precision
+from exporter.rope import rope_tables
+from exporter.rounding import VALUES
 from exporter.staging import check_destination, staged
-from exporter.tasks import ARCHITECTURES, GENERATION, TASKS, GraphForm, Task, check_form
+from exporter.tasks import GENERATION, GraphForm
 from exporter.trace import trace
-from exporter.verify import NON_FINITE, gate
-from exporter.weights import check_tensors, expected_shapes, weight_bytes, write_embeddings, write_weights
+from exporter.verify import NON_FINITE, gate, session_of
+from exporter.verify_rows import whole_row_logits
+from exporter.weights import check_tensors, expected_shapes, is_matrix, weight_bytes, write_embeddings, write_weights
 from runtime.bundle import Bundle, describe_files
 from runtime.contract import EMBED_TOKENS
 from runtime.errors import CheckFailed, UserError
-from runtime.manifest import GOLDEN, MODEL, Graph, Lowering, Manifest, PassRecord, Source, TensorSpec
-from runtime.ort_session import import_onnxruntime
+from runtime.manifest import GOLDEN, MODEL, Graph, Lowering, Manifest, PassRecord, Quantization, Source, TensorSpec
+from runtime.ort_session import OrtSession
 
 Progress = Callable[[str, int, int], None]
-INPUTS = ("ids", "embeds")
 
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What to export; defaults as on the command line.
-
-    Attributes:
-        task: by default the one that the checkpoint's architecture implies.
-        target: one of `exporter.lowering.TARGETS`.
-        precision: one that the target has.
-        max_length: tokens that a row may hold (default: `max_position_embeddings`; most: `exporter.rope.longest`).
-        cache: whether keys and values go in and out (default: for text generation); else every run is of whole rows.
-        inputs: `ids`, or `embeds` for embeddings in place of token ids.
-        position_ids: the tokens' positions are an input.
-        output_hidden_states, output_attentions: what each layer gives is handed out.
-        verify: run the parity gate; without it the bundle has no golden cases.
-        force: replace a bundle that exists.
-        adapter: a directory with a LoRA adapter to merge into the checkpoint.
-        revision: branch, tag or commit, where the checkpoint is a hub id.
-    """
-
-    task: str | None = None
-    target: str = "onnxruntime"
-    precision: str = "fp32"
-    max_length: int | None = None
-    cache: bool | None = None
-    inputs: str = "ids"
-    position_ids: bool = False
-    output_hidden_states: bool = False
-    output_attentions: bool = False
-    verify: bool = True
-    force: bool = False
-    adapter: Path | None = None
-    revision: str | None = None
+__all__ = ["ExportOptions", "ExportResult", "export"]
 
 
 @dataclass(frozen=True)
@@ -110,17 +84,20 @@ def export(
     checkpoint = Checkpoint.open(checkpoint_path, options.adapter, revision=options.revision)
     destination = bundle_path or Path("artifacts") / f"{checkpoint.name}-{options.target}-{options.precision}"
     _check_place(destination, checkpoint, options.force)
-    plan = _plan(options, checkpoint)
+    plan = make_plan(options, checkpoint)
     spec, task, form = checkpoint.spec, plan.task, plan.form
     check_companions(checkpoint, task)
-    check_tensors(expected_shapes(spec, task), checkpoint, task)
+    shapes = expected_shapes(spec, task)
+    check_tensors(shapes, checkpoint, task)
+    plan.precision.check_layers(filter(is_matrix, shapes))
+    windows = windows_of(options, plan, checkpoint)
     clock = _Clock(progress)
 
     with staged(destination, options.force) as directory:
         with clock.stage("trace"):
             model = trace(spec, task, cached=form.cache)
         with clock.stage("passes"):
-            wanted = passes.Wanted(task.name, form, options.precision)
+            wanted = passes.Wanted(task.name, form, plan.precision)
             reports = passes.run(passes.pipeline(spec, *rope_tables(spec, plan.max_length), wanted), model)
             lowered = lower(model, options.target, spec.layers)
         with clock.stage("weights"):
@@ -138,6 +115,9 @@ def export(
         if options.verify:
             with clock.stage("verify"):
                 manifest = _gate(directory, checkpoint, manifest, progress)
+        if windows is not None:
+            with clock.stage("quality"):
+                manifest = _measure(directory, checkpoint, manifest, options, windows, progress)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return ExportResult(destination, clock.seconds, peak, manifest)
 
@@ -153,53 +133,10 @@ def _check_place(destination: Path, checkpoint: Checkpoint, force: bool) -> None
             )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Options with the checkpoint's defaults filled in and every value checked."""
-
-    task: Task
-    form: GraphForm
-    max_length: int
-    target: str
-    precision: str
-
-
-def _plan(options: ExportOptions, checkpoint: Checkpoint) -> _Plan:
-    own = ARCHITECTURES[checkpoint.spec.architecture].name
-    task = options.task or own
-    choices = (
-        ("task", task, TASKS),
-        ("target", options.target, TARGETS),
-        ("inputs", options.inputs, INPUTS),
-    )
-    for what, value, known in choices:
-        if value not in known:
-            raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}")
-    precisions = TARGETS[options.target].precisions
-    if options.precision not in precisions:
-        raise UserError(
-            f"unknown precision {options.precision!r} for target {options.target}; known: {', '.join(precisions)}"
-        )
-    if options.cache and task != GENERATION:
-        raise UserError(f"a cache is of {GENERATION}; export for {task} without one")
-    form = GraphForm(
-        cache=task == GENERATION if options.cache is None else options.cache,
-        embeds=options.inputs == "embeds",
-        position_ids=options.position_ids,
-        hidden_states=options.output_hidden_states,
-        attentions=options.output_attentions,
-    )
-    check_form(form, task, options.target)
-    if options.verify and options.precision == "fp32":
-        import_onnxruntime()  # the gate runs the graph: better to know now
-    length = checked_length(checkpoint.spec, options.max_length)
-    return _Plan(TASKS[task], form, length, options.target, options.precision)
-
-
 def _manifest(
     directory: Path,
     checkpoint: Checkpoint,
-    plan: _Plan,
+    plan: Plan,
     model: ir.Model,
     lowered: Lowered,
     reports: list[PassReport],
@@ -215,7 +152,8 @@ def _manifest(
         ),
         task=plan.task.name,
         target=plan.target,
-        precision=plan.precision,
+        precision=plan.precision.name,
+        quantization=_quantization(plan.precision, model),
         opset=lowered.opset,
         max_length=plan.max_length,
         graph=_describe_graph(model),
@@ -245,6 +183,36 @@ def _gate(directory: Path, checkpoint: Checkpoint, manifest: Manifest, progress:
     assert result.golden is not None
     result.golden.save(directory / GOLDEN)
     manifest = replace(manifest, parity=result.parity, files=describe_files(directory))
+    manifest.save(directory)
+    return manifest
+
+
+def _quantization(precision: Precision, model: ir.Model) -> Quantization | None:
+    if not precision.quantized:
+        return None
+    parts = [part_of(value) for value in model.graph.initializers.values()]
+    matrices = Counter(part.rounding.precision for part in parts if part is not None and part.name == VALUES)
+    return Quantization(recipe=precision.recipe.name, activations=precision.activations, matrices=dict(matrices))
+
+
+def _measure(
+    directory: Path,
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    options: ExportOptions,
+    windows: Windows,
+    progress: Progress,
+) -> Manifest:
+    """Measure what the precision costs, on what runs the bundle where that computes as the device does."""
+    bundle = Bundle.open(directory)
+    kernels = manifest.quantization and manifest.target == "onnxruntime" and manifest.activations == "fp32"
+    if not bundle.has_cache:
+        logits = whole_row_logits(bundle)
+    else:
+        logits = logits_of(OrtSession(bundle, slots=1, capacity=1) if kernels else session_of(bundle))
+    quality = measure(checkpoint, logits, windows.tokens, text=windows.text, progress=progress)
+    check_limits(quality, options.max_kl, options.max_perplexity_increase)
+    manifest = replace(manifest, quality=quality)
     manifest.save(directory)
     return manifest
 

@@ -1,67 +1,215 @@
-"""How an initializer comes from the checkpoint: which tensor, and what is done to it on the way.
+"""What precision each matrix of a model gets: named presets, or a file of the same form.
 
-Passes rewrite recipes instead of weights, so no weight is in memory until it is written.
+A recipe is TOML::
+
+    activations = "fp16"          # of everything that is not a weight matrix; default: the target's
+    block = 32                    # weights that share a scale
+    symmetric = false             # or with a zero point for each block
+
+    [layers]                      # first match counts; the rest has the precision of the export
+    "lm_head" = "int8"
+    "model.layers.0" = "int8"     # everything in it
+    "*.mlp.down_proj" = "int8"
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
-import onnx_ir as ir
+from exporter.rounding import BLOCKS, BlockInt4, BlockNBits, ChannelFp8, Rounding
+from runtime.errors import UserError
 
-if TYPE_CHECKING:
-    import torch
-
-_KEY = "nemotron.recipe"
+FLOATS = ("fp32", "fp16", "bf16")
+DEFAULT = "plain"
+_KEYS = {"activations": str, "block": int, "symmetric": bool, "layers": dict}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An initializer's source: a checkpoint tensor, with one added (LayerNorm1P) or transposed where a flag says so."""
+    """What a recipe's file says; None where it leaves the choice to the target.
 
-    tensor: str
-    plus_one: bool = False
-    transposed: bool = False
+    Attributes:
+        name: of the preset, or of the file.
+        layers: pattern of a module's name → precision, in the file's order.
+    """
 
-    def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that the checkpoint's tensor must have for an initializer of this shape."""
-        return shape[::-1] if self.transposed else shape
+    name: str = DEFAULT
+    activations: str | None = None
+    block: int | None = None
+    symmetric: bool | None = None
+    layers: tuple[tuple[str, str], ...] = ()
 
-    def apply(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Turn the stored tensor into the initializer, contiguous, in this dtype.
 
-        The one is added in fp32: in bf16 the sum would lose up to 4e-3 of the norm's weight.
+@dataclass(frozen=True)
+class Precision:
+    """A precision of a target, with a recipe's choices made.
+
+    Attributes:
+        name: as on the command line.
+        activations: one of `FLOATS`, of activations, cache, and weights that are not rounded.
+        recipe: where the choices come from.
+        weights: how matrices are rounded; None where they have the activations' dtype.
+        others: how the matrices of a pattern are, in the recipe's order.
+        embedding: whether the embedding is rounded too.
+    """
+
+    name: str = "fp32"
+    activations: str = "fp32"
+    recipe: Recipe = Recipe()
+    weights: Rounding | None = None
+    others: tuple[tuple[str, Rounding | None], ...] = ()
+    embedding: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any matrix may be rounded to a grid of few bits."""
+        return self.weights is not None or any(rounding is not None for _, rounding in self.others)
+
+    def rounding(self, tensor: str) -> Rounding | None:
+        """How a matrix of this name (`model.layers.0.mlp.up_proj.weight`) is rounded; None: as activations are."""
+        return next((rounding for pattern, rounding in self.others if _matches(pattern, tensor)), self.weights)
+
+    def check_layers(self, tensors: Iterable[str]) -> None:
+        """Refuse a recipe that names what the model does not have.
+
+        Raises:
+            UserError: names the pattern, and what there is.
         """
-        result = tensor.float() + 1.0 if self.plus_one else tensor
-        return (result.t() if self.transposed else result).to(dtype).contiguous()
+        known = sorted(tensors)
+        for pattern, _ in self.others:
+            if not any(_matches(pattern, tensor) for tensor in known):
+                shown = ", ".join(name.removesuffix(".weight") for name in known[:3] + known[-1:])
+                raise UserError(
+                    f"recipe {self.recipe.name} names {pattern!r}, which is no matrix of this model; "
+                    f"there are {shown} and more like them"
+                )
 
 
-def recipe_of(value: ir.Value) -> Recipe:
-    """The recipe of a weight initializer; a weight no pass has touched is the checkpoint's tensor of its name."""
-    recipe = value.meta.get(_KEY)
-    if isinstance(recipe, Recipe):
-        return recipe
-    assert value.name is not None
-    return Recipe(value.name)
+def precision_of(target: str, name: str, recipe: Recipe) -> Precision:
+    """A target's precision, with a recipe's choices.
+
+    Args:
+        target: `onnxruntime` or `tensorrt`.
+        name: one of the target's precisions.
+        recipe: see `read_recipe`.
+
+    Raises:
+        UserError: a choice that the target cannot run.
+    """
+    known = tuple(FORMS[target])
+    if name not in known:
+        hint = "; TensorRT dequantises int8 weights wholesale: take fp8 or int4" if name == "int8" else ""
+        raise UserError(f"target {target} has no precision {name!r}; known: {', '.join(known)}{hint}")
+    if name in FLOATS and recipe != Recipe():
+        raise UserError(f"recipe {recipe.name} is of rounded weights; --precision {name} takes none")
+    activations = recipe.activations or (name if name in FLOATS else _ACTIVATIONS[target])
+    for what, value in (("activations", activations), *recipe.layers):
+        allowed = [choice for choice in known if what != "activations" or choice in FLOATS]
+        if value not in allowed:
+            raise UserError(
+                f"recipe {recipe.name} has {value!r} for {what}, which target {target} does not; "
+                f"known: {', '.join(allowed)}"
+            )
+        if what != "activations" and value in FLOATS and value != activations:
+            raise UserError(
+                f"recipe {recipe.name} has {value} for {what} where activations are {activations}; "
+                f"a matrix that is not rounded has the activations' precision: write {activations}"
+            )
+    if target == "tensorrt" and activations == "fp32" and name not in FLOATS:
+        raise UserError(f"recipe {recipe.name} has fp32 activations; TensorRT takes rounded weights with fp16 or bf16")
+    make = FORMS[target]
+    return Precision(
+        name=name,
+        activations=activations,
+        recipe=recipe,
+        weights=make[name](recipe),
+        others=tuple((pattern, make[value](recipe)) for pattern, value in recipe.layers),
+        embedding=target == "onnxruntime",
+    )
 
 
-def is_weight(value: ir.Value | None) -> bool:
-    """Whether a value is an initializer whose content comes from the checkpoint."""
-    return value is not None and value.is_initializer() and value.const_value is None
+def read_recipe(choice: str | None) -> Recipe:
+    """A preset by its name, or a TOML file by its path; None for the default preset.
+
+    Raises:
+        UserError: neither, or the file is not of the form above.
+    """
+    presets = {entry.name.removesuffix(".toml"): entry for entry in (files("exporter") / "recipes").iterdir()
+               if entry.name.endswith(".toml")}  # fmt: skip
+    name = choice or DEFAULT
+    path = Path(name)
+    if name in presets:
+        text = presets[name].read_text(encoding="utf-8")
+    elif path.suffix == ".toml":
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read recipe {path}: {error}; give a TOML file") from error
+        name = path.stem
+    else:
+        raise UserError(f"unknown recipe {name!r}; known: {', '.join(sorted(presets))}, or a .toml file")
+    try:
+        return _parsed(name, tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"recipe {path} is not TOML ({error}); correct it") from error
 
 
-def derive(value: ir.Value, suffix: str, *, plus_one: bool = False, transposed: bool = False) -> ir.Value:
-    """The initializer that is `value` with more done to it; made once, found again on the next call."""
-    graph = value.graph
-    assert graph is not None
-    assert value.shape is not None
-    name = f"{value.name}.{suffix}"
-    if name in graph.initializers:
-        return graph.initializers[name]
-    old = recipe_of(value)
-    shape = ir.Shape(tuple(value.shape)[::-1]) if transposed else value.shape.copy()
-    derived = ir.Value(name=name, shape=shape, type=value.type)
-    derived.meta[_KEY] = replace(old, plus_one=old.plus_one or plus_one, transposed=old.transposed != transposed)
-    graph.initializers.add(derived)
-    return derived
+def _parsed(name: str, data: dict[str, Any]) -> Recipe:
+    for key, value in data.items():
+        if key not in _KEYS:
+            raise UserError(f"recipe {name} has {key!r}; known: {', '.join(_KEYS)}")
+        if type(value) is not _KEYS[key]:
+            raise UserError(f"recipe {name}: {key} should be {_KEYS[key].__name__}, found {value!r}; correct it")
+    if "block" in data and data["block"] not in BLOCKS:
+        raise UserError(f"recipe {name} has blocks of {data['block']}; known: {', '.join(map(str, BLOCKS))}")
+    layers = data.pop("layers", {})
+    for pattern, value in layers.items():
+        if not isinstance(value, str):
+            raise UserError(f"recipe {name}: the precision of {pattern!r} should be text, found {value!r}; correct it")
+    return Recipe(name=name, layers=tuple(layers.items()), **data)
+
+
+def _matches(pattern: str, tensor: str) -> bool:
+    """Whether a pattern names the tensor, its module, or one that holds it."""
+    parts = tensor.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+def _nbits(bits: int, block: int, symmetric: bool) -> Any:
+    def make(recipe: Recipe) -> Rounding:
+        even = symmetric if recipe.symmetric is None else recipe.symmetric
+        return BlockNBits(bits, recipe.block or block, even)
+
+    return make
+
+
+def _int4_for_tensorrt(recipe: Recipe) -> Rounding:
+    if recipe.symmetric is False or recipe.block not in (None, 64, 128):
+        raise UserError(f"recipe {recipe.name}: TensorRT takes int4 in symmetric blocks of 64 or 128; correct it")
+    return BlockInt4(recipe.block or 128)
+
+
+def _fp8(_: Recipe) -> Rounding:
+    return ChannelFp8()
+
+
+def _whole(_: Recipe) -> None:
+    return None
+
+
+_ACTIVATIONS = {"onnxruntime": "fp32", "tensorrt": "fp16"}
+# Target → precision → how its matrices are rounded.
+FORMS: dict[str, dict[str, Any]] = {
+    "onnxruntime": {
+        **dict.fromkeys(FLOATS, _whole),
+        "int8": _nbits(8, 128, True),
+        "int4": _nbits(4, 32, False),
+    },
+    "tensorrt": {**dict.fromkeys(FLOATS, _whole), "fp8": _fp8, "int4": _int4_for_tensorrt},
+}

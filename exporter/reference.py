@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,8 +81,20 @@ class Batch:
 class Reference:
     """transformers' model of a task on the checkpoint's weights."""
 
-    def __init__(self, checkpoint: Checkpoint, task: str = GENERATION) -> None:
-        self._checkpoint, self._task = checkpoint, TASKS[task]
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        task: str = GENERATION,
+        weights: Mapping[str, Callable[[], torch.Tensor]] | None = None,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            checkpoint: whose weights.
+            task: whose head.
+            weights: readers of parameters that stand in for the checkpoint's, by name.
+        """
+        self._checkpoint, self._task, self._weights = checkpoint, TASKS[task], weights or {}
         self._config = type(checkpoint.spec.config).from_dict(checkpoint.spec.config.to_dict())
 
     def forwards(self, rows: Sequence[Row], dtype: torch.dtype = torch.float32) -> list[Forward]:
@@ -136,6 +148,7 @@ class Reference:
                 f"{self._checkpoint.path}: transformers finds no {missing[0]} for {name}; give a checkpoint of {name}"
             )
         self._adapt(model)
+        self._replace(model)
         return model.base_model if self._task.name == FEATURES else model
 
     def _adapt(self, model: Any) -> None:
@@ -146,6 +159,14 @@ class Reference:
             target = next((owned[known] for known in (name, prefixed) if known in owned), None)
             if target is not None:  # else of a head that this task does without
                 target.data.copy_(self._checkpoint.read(name))
+
+    def _replace(self, model: Any) -> None:
+        """Put in the weights that stand in for the checkpoint's; what was tied to one of them keeps its own."""
+        if self._weights and self._checkpoint.spec.tied:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        owned = dict(model.named_parameters())
+        for name, read in self._weights.items():
+            owned[name].data.copy_(read())
 
     def _run(self, model: Any, row: Row) -> Forward:
         cache = DynamicCache(config=self._config)

@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 from exporter.checkpoint import Checkpoint
+from exporter.evaluate.rounded import rounded_weights
 from exporter.evaluate.session import CachedSession, EvaluatedSession, evaluate_graph, evaluate_network
+from exporter.golden_limit import NO_LIMIT, with_kernels_error
 from exporter.reference import Floats as Floats64
 from exporter.reference import Forward, Reference, Row
 from exporter.verify_rows import NON_FINITE, GateResult, has_extras, non_finite, prompts, refused, run_rows_gate
@@ -21,12 +24,11 @@ from exporter.yardstick import LIMIT, Expected, Ledger, Yardstick, compare
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden, GoldenStep
-from runtime.manifest import Comparison, Parity
+from runtime.manifest import MODEL, Comparison, Parity
 from runtime.ort_session import OrtSession
 from runtime.session import Floats, Ints
 
 NEAR_TIE = 1e-3  # a greedy token may differ where the reference's two best logits are closer than this
-NO_LIMIT = 1e9  # of what is only counted
 END = "end of capacity"
 DECODE_STEPS = 32
 GOLDEN_DECODE_STEPS = 4
@@ -115,7 +117,7 @@ def run_gate(
     precision. The same steps on a device that rounds as often differ by no more.
     """
     _check_same_shape(bundle, checkpoint)
-    precision, total = bundle.manifest.precision, 2 + DECODE_STEPS
+    precision, total = bundle.manifest.activations, 2 + DECODE_STEPS
     evaluated_by = f"{session.backend} {session.version}"
     try:
         steps, rows = _run_rows(
@@ -124,7 +126,8 @@ def run_gate(
         end = _run_end_of_capacity(session, bundle)
     except CheckFailed as refusal:  # the graph is so wrong that the backend does not run it
         return GateResult(refused(evaluated_by, "all", refusal), None)
-    forwards = Yardstick(Reference(checkpoint), precision).forwards([*map(Row, rows.tokens), end.row])
+    weights = rounded_weights(ir.load(bundle.file(MODEL)).graph) if bundle.manifest.quantization else None
+    forwards = Yardstick(Reference(checkpoint, weights=weights), precision).forwards([*map(Row, rows.tokens), end.row])
     expected, ledger = forwards[:-1], Ledger(precision)
     for step in steps:
         for row, slot in enumerate(step.slots):
@@ -145,6 +148,9 @@ def run_gate(
     passed = all(comparison.passed for comparison in comparisons)
     limit = max(found.limit for found in limits if (found.name, found.metric) == ("logits", "max_abs"))
     golden = _golden(steps, expected, limit)
+    if bundle.manifest.quantization and bundle.manifest.target == "onnxruntime":
+        golden, measured = with_kernels_error(bundle, golden)
+        comparisons = (*comparisons, *measured)
     return GateResult(Parity(evaluated_by=evaluated_by, passed=passed, comparisons=comparisons), golden)
 
 

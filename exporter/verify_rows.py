@@ -35,7 +35,7 @@ from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden, GoldenStep
 from runtime.golden_forward import ForwardCase, GoldenForward, real_tokens
 from runtime.manifest import Comparison, Parity
-from runtime.session import Ints
+from runtime.session import Floats, Ints
 from runtime.tokenizer import Tokenizer
 
 NON_FINITE = "non_finite"  # the metric of an evaluation's edges that are none
@@ -112,6 +112,18 @@ def has_extras(bundle: Bundle) -> bool:
 def non_finite(edges: Sequence[str]) -> list[Comparison]:
     """Of an evaluation: how many edges were not finite, under the name of the first of them."""
     return [compare(edges[0] if edges else "edges", "all", NON_FINITE, float(len(edges)), 0.0)]
+
+
+def whole_row_logits(bundle: Bundle) -> Callable[[Ints], Floats]:
+    """Of a text-generation graph without a cache, evaluated: tokens int64 [1, n] to logits float32 [n, vocab]."""
+    runner = _runner(bundle, network=False)
+
+    def logits(tokens: Ints) -> Floats:
+        batch = Batch(tokens, np.ones_like(tokens))
+        found: Floats = runner.run(_feeds(bundle, batch, _columns(bundle, batch)))[LOGITS][0]
+        return found
+
+    return logits
 
 
 def prompts(bundle: Bundle) -> list[list[int]]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from exporter.checkpoint import Checkpoint
-from exporter.recipe import is_weight, recipe_of
+from exporter.origin import Origin, Part, is_weight, origin_of, part_of
+from exporter.rounding import SCALES
 from exporter.spec import NemotronSpec
 from exporter.tasks import ARCHITECTURES, Task
 from runtime.errors import UserError
@@ -21,6 +25,7 @@ INLINE_BYTES = 1024  # constants up to this size stay in model.onnx
 _BUFFERS = ("rotary_emb.inv_freq",)  # older checkpoints store what the configuration implies
 BASE = "model."  # what names of the base model's weights begin with here
 EMBEDDING, HEAD = f"{BASE}embed_tokens.weight", "lm_head.weight"
+LAYERS = f"{BASE}layers."
 # What they begin with in checkpoints: of a model with a head, of question answering, of the base model itself.
 _PREFIXES = (BASE, "transformer.", "")
 
@@ -35,6 +40,11 @@ def weight_source(name: str, checkpoint: Checkpoint) -> str:
     if checkpoint.spec.tied and name in (EMBEDDING, HEAD) and stored not in checkpoint.tensors:
         return _stored_as(HEAD if name == EMBEDDING else EMBEDDING, checkpoint)
     return stored
+
+
+def is_matrix(tensor: str) -> bool:
+    """Whether a weight is a matrix that can be rounded: of the embedding, the vocabulary's head or a layer."""
+    return tensor in {EMBEDDING, HEAD} or (tensor.startswith(LAYERS) and tensor.endswith("_proj.weight"))
 
 
 def check_tensors(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint, task: Task) -> None:
@@ -99,7 +109,7 @@ def write_embeddings(checkpoint: Checkpoint, path: Path) -> None:
 def weight_bytes(model: ir.Model) -> int:
     """Bytes that the graph's weights take."""
     weights = [value for value in model.graph.initializers.values() if is_weight(value)]
-    return sum(math.prod(v.shape.numpy()) * int(v.dtype.itemsize) for v in weights if v.shape and v.dtype)
+    return sum(math.prod(v.shape.numpy()) * v.dtype.bitwidth // 8 for v in weights if v.shape and v.dtype)
 
 
 def write_weights(
@@ -107,7 +117,8 @@ def write_weights(
 ) -> None:
     """Write every weight and large constant of the graph to `path` and let the graph refer to it.
 
-    Memory is bounded by the largest tensor in fp32.
+    Memory is bounded by the largest tensor in fp32. The parts of a rounded matrix stand side by side among the
+    initializers, so that it is read and rounded once.
 
     Args:
         model: the lowered graph; its initializers are given external tensors.
@@ -118,11 +129,12 @@ def write_weights(
     Raises:
         UserError: a tensor is missing, misshapen, unreadable or not finite.
     """
+    reader = _Reader(checkpoint)
     with path.open("wb") as file:
         for value in model.graph.initializers.values():
             assert value.name is not None
             if is_weight(value):
-                value.const_value = _append(file, path, value, _load(value, checkpoint))
+                value.const_value = _append(file, path, value, reader.content(value))
             elif value.const_value is not None and value.const_value.nbytes > INLINE_BYTES:
                 value.const_value = _append(file, path, value, memoryview(value.const_value.tobytes()))
             else:
@@ -130,21 +142,56 @@ def write_weights(
             progress(file.tell())
 
 
-def _load(value: ir.Value, checkpoint: Checkpoint) -> memoryview:
-    assert value.shape is not None
-    recipe = recipe_of(value)
-    source = weight_source(recipe.tensor, checkpoint)
-    checkpoint.require(source, recipe.source_shape(tuple(int(dim) for dim in value.shape.numpy())))
-    import torch
+class _Reader:
+    """Reads what initializers hold; of the matrix that was rounded last, all parts are kept."""
 
-    assert value.dtype is not None
-    dtype: torch.dtype = getattr(torch, value.dtype.name.lower())
-    tensor = recipe.apply(checkpoint.read(source), dtype)
-    if not torch.isfinite(tensor).all():
-        raise UserError(
-            f"tensor {source} leaves the range of {value.dtype.name.lower()}; export with --precision bf16 or fp32"
-        )
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._rounded: tuple[Part, dict[str, NDArray[Any]]] | None = None
+
+    def content(self, value: ir.Value) -> memoryview:
+        """The bytes of an initializer.
+
+        Raises:
+            UserError: its tensor is missing, misshapen, unreadable, or leaves the initializer's range.
+        """
+        part = part_of(value)
+        return self._whole(value) if part is None else self._part(value, part)
+
+    def _whole(self, value: ir.Value) -> memoryview:
+        assert value.shape is not None
+        assert value.dtype is not None
+        origin = origin_of(value)
+        source = self._source(origin, origin.source_shape(tuple(int(dim) for dim in value.shape.numpy())))
+        import torch
+
+        dtype: torch.dtype = getattr(torch, value.dtype.name.lower())
+        tensor = origin.apply(self._checkpoint.read(source), dtype)
+        self._check(bool(torch.isfinite(tensor).all()), source, value.dtype)
+        return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+
+    def _part(self, value: ir.Value, part: Part) -> memoryview:
+        assert value.dtype is not None
+        if self._rounded is None or replace(self._rounded[0], name=part.name) != part:
+            source = weight_source(part.matrix.tensor, self._checkpoint)
+            self._rounded = part, part.rounding.apply(self._checkpoint.read(source))
+        array = self._rounded[1][part.name]
+        if part.name == SCALES:
+            array = array.astype(value.dtype.numpy())
+            self._check(bool(np.isfinite(array.astype(np.float32)).all()), part.matrix.tensor, value.dtype)
+        return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    def _source(self, origin: Origin, shape: tuple[int, ...]) -> str:
+        source = weight_source(origin.tensor, self._checkpoint)
+        self._checkpoint.require(source, shape)
+        return source
+
+    @staticmethod
+    def _check(finite: bool, source: str, dtype: ir.DataType) -> None:
+        if not finite:
+            raise UserError(
+                f"tensor {source} leaves the range of {dtype.name.lower()}; export with --precision bf16 or fp32"
+            )
 
 
 def _append(file: BinaryIO, path: Path, value: ir.Value, data: memoryview) -> ir.ExternalTensor:

@@ -67,6 +67,15 @@ class Lowering(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quantization(Record):
+    """Weights of few bits: the recipe, the dtype of everything else, and how many matrices are rounded how."""
+
+    recipe: str
+    activations: str
+    matrices: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison(Record):
     """A measured difference and its limit; `value` None is one that is not finite, and never passes."""
 
@@ -178,6 +187,7 @@ class Manifest(Record):
     task: str
     target: str
     precision: str
+    quantization: Quantization | None = None
     opset: int
     max_length: int
     graph: Graph
@@ -187,6 +197,11 @@ class Manifest(Record):
     quality: Quality | None = None
     engines: tuple[Engine, ...] = ()
     files: dict[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def activations(self) -> str:
+        """The precision of activations and cache: "fp32", "fp16" or "bf16"."""
+        return self.precision if self.quantization is None else self.quantization.activations
 
     @classmethod
     def load(cls, directory: Path) -> Self:

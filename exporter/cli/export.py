@@ -22,7 +22,7 @@ TASKS = (
     "question-answering",
 )
 TARGETS = ("onnxruntime", "tensorrt")
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 INPUTS = ("ids", "embeds")
 
 
@@ -40,6 +40,19 @@ INPUTS = ("ids", "embeds")
 )
 @click.option(
     "--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of weights and cache."
+)
+@click.option(
+    "--recipe",
+    metavar="NAME|FILE",
+    help="How fp8, int8 and int4 round: plain, fine, compact, mixed, or a .toml file.  [default: plain]",
+)
+@click.option("--eval-text", type=PATH, help="Text to measure the precision's cost on.  [default: heldout.txt]")
+@click.option(
+    "--eval-tokens", type=click.IntRange(min=2), default=4096, show_default=True, help="Tokens of it to measure on."
+)
+@click.option("--max-kl", type=click.FloatRange(min=0), help="Largest mean KL divergence from fp32, in nats.")
+@click.option(
+    "--max-perplexity-increase", type=click.FloatRange(min=0), help="Largest rise of perplexity over fp32, in percent."
 )
 @click.option(
     "--max-length",
@@ -119,3 +132,9 @@ def print_export(result: ExportResult) -> None:
     )
     if manifest.parity:
         print_comparisons(manifest.parity.comparisons)
+    if (quality := manifest.quality) is not None:
+        click.echo(
+            f"quality on {quality.tokens} tokens of {quality.text}: perplexity {quality.perplexity:.4f} "
+            f"({quality.perplexity_increase:+.2f} %), KL mean {quality.kl_mean:.2e}, p99 {quality.kl_p99:.2e}, "
+            f"same token {100 * quality.top1:.1f} %"
+        )

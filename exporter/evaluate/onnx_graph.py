@@ -24,7 +24,12 @@ _DTYPES = {
     ir.DataType.INT64: torch.int64,
     ir.DataType.INT32: torch.int32,
     ir.DataType.BOOL: torch.bool,
+    ir.DataType.UINT8: torch.uint8,
+    ir.DataType.INT4: torch.int8,  # in a byte each
+    ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
 }
+# The input whose dtype is that of the outputs, where it is not the first.
+_TYPED_BY = {"Where": 1, "DequantizeLinear": 1, "GatherBlockQuantized": 2}
 
 
 _BOOLEAN = {"Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or", "Xor", "Not"}
@@ -44,7 +49,8 @@ def compile_graph(model: ir.Model) -> Program:
     graph = model.graph
     dtypes = {_name(value): _dtype(value) for value in [*graph.inputs, *graph.initializers.values()]}
     constants = {
-        name: partial(_read, cast(ir.TensorProtocol, value.const_value)) for name, value in graph.initializers.items()
+        name: partial(read_tensor, cast(ir.TensorProtocol, value.const_value))
+        for name, value in graph.initializers.items()
     }
     steps = []
     for node in graph:
@@ -77,7 +83,7 @@ def _result_dtype(node: ir.Node, dtypes: dict[str, torch.dtype]) -> torch.dtype:
         return torch.int64
     if node.op_type in _BOOLEAN:
         return torch.bool
-    typed = node.inputs[1 if node.op_type == "Where" else 0]
+    typed = node.inputs[_TYPED_BY.get(node.op_type, 0)]
     assert typed is not None
     return dtypes[_name(typed)]
 
@@ -98,10 +104,15 @@ def _torch_dtype(found: ir.DataType | None, what: str) -> torch.dtype:
     return _DTYPES[found]
 
 
-def _read(tensor: ir.TensorProtocol) -> Tensor:
+def read_tensor(tensor: ir.TensorProtocol) -> Tensor:
+    """An initializer's content, mapped where it is in a file; int4 in a byte each."""
     array = tensor.numpy()
     if tensor.dtype == ir.DataType.BFLOAT16:
         return as_torch(array.view(np.int16)).view(torch.bfloat16)
+    if tensor.dtype == ir.DataType.FLOAT8E4M3FN:
+        return as_torch(array.view(np.uint8)).view(torch.float8_e4m3fn)
+    if tensor.dtype == ir.DataType.INT4:
+        return as_torch(array.astype(np.int8))
     return as_torch(array)
 
 

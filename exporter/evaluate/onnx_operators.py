@@ -10,6 +10,7 @@ import torch
 from exporter.evaluate import ops
 from exporter.evaluate.onnx_attention import attention, group_query_attention
 from exporter.evaluate.onnx_attributes import Attributes
+from exporter.evaluate.onnx_quantized import dequantize_linear, gather_blocks, matmul_nbits
 from exporter.evaluate.program import Compute
 
 Tensor = torch.Tensor
@@ -175,6 +176,9 @@ OPERATORS: dict[str, Callable[[Attributes], Compute]] = {
     "RotaryEmbedding": _rotary,
     "TensorScatter": _scatter,
     "Attention": attention,
+    "DequantizeLinear": dequantize_linear,
+    "com.microsoft::MatMulNBits": matmul_nbits,
+    "com.microsoft::GatherBlockQuantized": gather_blocks,
     "com.microsoft::RotaryEmbedding": _contrib_rotary,
     "com.microsoft::GroupQueryAttention": group_query_attention,
 }  # fmt: skip

@@ -37,11 +37,10 @@ class Form:
 
 @dataclass(frozen=True)
 class Target:
-    """The forms of graphs with a cache and without, and the precisions that graphs of this target can have."""
+    """The forms of graphs with a cache and without."""
 
     cached: Form
     uncached: Form
-    precisions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,10 @@ TARGETS = {
         # The newest opset that every consumer of these graphs reads; no operator in them has changed its meaning since.
         cached=Form(GROUP_QUERY_ATTENTION, {"": 21, CONTRIB_DOMAIN: 1}, adopt_mask),
         uncached=Form(ATTENTION, {"": 23}, _to_masked_attention_and_last_logits),
-        precisions=("fp32",),
     ),
     "tensorrt": Target(
         cached=Form(ATTENTION, {"": 24}, _to_standard_attention),
         uncached=Form(ATTENTION, {"": 24}, _to_masked_attention),
-        precisions=("fp32", "fp16", "bf16"),
     ),
 }
 

@@ -15,9 +15,11 @@ from exporter.passes.fold_layernorm1p import FoldLayerNorm1P
 from exporter.passes.fold_weight_transposes import FoldWeightTransposes
 from exporter.passes.fuse_partial_rope_attention import FusePartialRopeAttention
 from exporter.passes.hand_out_layers import HandOutAttentions, HandOutHiddenStates
+from exporter.passes.quantize_weights import QuantizeWeights
 from exporter.passes.requested_logits import PooledLogits, RequestedLogits
 from exporter.passes.set_precision import SetPrecision
 from exporter.passes.square_relu import SquareRelu
+from exporter.recipe import Precision
 from exporter.spec import NemotronSpec
 from exporter.tasks import GENERATION, SEQUENCES, GraphForm
 
@@ -28,7 +30,7 @@ class Wanted:
 
     task: str = GENERATION
     form: GraphForm = field(default_factory=GraphForm)
-    precision: str = "fp32"
+    precision: Precision = field(default_factory=Precision)
 
 
 def pipeline(
@@ -42,7 +44,7 @@ def pipeline(
         wanted: what the graph shall be (default: text generation with a cache, in fp32).
     """
     wanted = wanted or Wanted()
-    form = wanted.form
+    form, precision = wanted.form, wanted.precision
     pad_token = None if form.embeds else spec.pad_token
     return [
         FoldLayerNorm1P(spec.layers),
@@ -54,7 +56,8 @@ def pipeline(
         *([PooledLogits(pad_token)] if wanted.task == SEQUENCES else []),
         SquareRelu(spec.layers if spec.activation == "relu2" else 0),
         FoldWeightTransposes(),
-        *([SetPrecision(wanted.precision)] if wanted.precision != "fp32" else []),
+        *([SetPrecision(precision.activations)] if precision.activations != "fp32" else []),
+        *([QuantizeWeights(precision)] if precision.quantized else []),
         CleanUp(),
     ]
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from exporter.origin import is_weight
 from exporter.passes.base import GraphPass
-from exporter.recipe import is_weight
 from exporter.spec import NemotronSpec
 from runtime.contract import INPUT_IDS, INPUTS_EMBEDS
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from exporter.origin import derive, is_weight
 from exporter.passes.base import GraphPass, constant_of
-from exporter.recipe import derive, is_weight
 
 
 class FoldLayerNorm1P(GraphPass):

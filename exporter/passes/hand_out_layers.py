@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from exporter.origin import origin_of
 from exporter.passes.base import GraphPass
-from exporter.recipe import recipe_of
 from exporter.spec import NemotronSpec
 from plugins.ops import is_partial_rope_self_attention
 from runtime.contract import LAST_HIDDEN_STATE, attentions_name, hidden_states_name
@@ -31,7 +31,7 @@ class HandOutHiddenStates(GraphPass):
         for node in graph:
             scale = node.inputs[1] if node.op_type == "LayerNormalization" else None
             if scale is not None:
-                norms[recipe_of(scale).tensor] = node
+                norms[origin_of(scale).tensor] = node
         layers = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(self.spec.layers)]
         missing = [name for name in (*layers, "model.norm.weight") if name not in norms]
         if missing:

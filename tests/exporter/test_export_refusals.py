@@ -23,7 +23,7 @@ from refusals import assert_tells, snapshot
 from exporter.checkpoint import Checkpoint
 from exporter.companions import write_companions
 from exporter.export import ExportOptions, export
-from exporter.recipe import Recipe
+from exporter.origin import Origin
 from exporter.weights import write_weights
 from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden
@@ -259,12 +259,12 @@ def test_a_file_that_does_not_fit_is_told_with_the_place_that_is_full(
 
 
 def test_a_wrong_weight_recipe_leaves_no_bundle_and_the_old_one(old: Path, small_checkpoint, monkeypatch) -> None:
-    right = Recipe.apply
+    right = Origin.apply
 
-    def without_the_one(self: Recipe, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return right(Recipe(self.tensor, transposed=self.transposed), tensor, dtype)
+    def without_the_one(self: Origin, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return right(Origin(self.tensor, transposed=self.transposed), tensor, dtype)
 
-    monkeypatch.setattr(Recipe, "apply", without_the_one)
+    monkeypatch.setattr(Origin, "apply", without_the_one)
     before = snapshot(old.parent)
     for destination, force in ((old, True), (old.parent / "a" / "new", False)):
         with pytest.raises(CheckFailed) as failed:

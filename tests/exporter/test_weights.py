@@ -22,7 +22,7 @@ from refusals import assert_tells
 from transformers import NemotronConfig, NemotronForCausalLM
 
 from exporter.checkpoint import Checkpoint
-from exporter.recipe import derive
+from exporter.origin import derive
 from exporter.tasks import TASKS
 from exporter.weights import check_tensors, expected_shapes, weight_bytes, weight_source, write_weights
 from runtime.errors import UserError

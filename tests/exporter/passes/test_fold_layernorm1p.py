@@ -5,9 +5,9 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from exporter.origin import origin_of
 from exporter.passes.base import PassFailed
 from exporter.passes.fold_layernorm1p import FoldLayerNorm1P
-from exporter.recipe import recipe_of
 
 
 def test_a_norm_that_adds_another_number_is_not_taken_for_layernorm1p(traced: Any) -> None:
@@ -28,5 +28,5 @@ def test_the_one_is_remembered_for_the_weight_it_belongs_to(traced: Any) -> None
     spec, model = traced()
     assert FoldLayerNorm1P(spec.layers)(model).count == 5
     scales = [node.inputs[1] for node in model.graph if node.op_type == "LayerNormalization"]
-    assert [recipe_of(scale).plus_one for scale in scales] == [True] * 5
-    assert recipe_of(scales[-1]).tensor == "model.norm.weight"
+    assert [origin_of(scale).plus_one for scale in scales] == [True] * 5
+    assert origin_of(scales[-1]).tensor == "model.norm.weight"

@@ -8,8 +8,8 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from exporter.origin import is_weight, origin_of
 from exporter.passes import pipeline, run
-from exporter.recipe import is_weight, recipe_of
 from exporter.rope import rope_tables
 from exporter.tasks import TASKS
 from plugins.ops import is_partial_rope_attention
@@ -63,9 +63,9 @@ def test_the_graph_names_every_weight_of_the_checkpoint_once(traced: Any) -> Non
     from exporter.weights import expected_shapes
 
     spec, model, _ = optimized(traced)
-    recipes = [recipe_of(value) for value in model.graph.initializers.values() if is_weight(value)]
-    assert sorted(recipe.tensor for recipe in recipes) == sorted(expected_shapes(spec, TEXT))
-    assert {r.tensor for r in recipes if r.plus_one} == {
+    origins = [origin_of(value) for value in model.graph.initializers.values() if is_weight(value)]
+    assert sorted(origin.tensor for origin in origins) == sorted(expected_shapes(spec, TEXT))
+    assert {r.tensor for r in origins if r.plus_one} == {
         n for n in expected_shapes(spec, TEXT) if n.endswith("norm.weight")
     }
 

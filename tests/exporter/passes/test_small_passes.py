@@ -7,11 +7,11 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from exporter.origin import Origin, derive, origin_of
 from exporter.passes.base import PassFailed
 from exporter.passes.fold_weight_transposes import FoldWeightTransposes
 from exporter.passes.requested_logits import RequestedLogits
 from exporter.passes.square_relu import SquareRelu
-from exporter.recipe import Recipe, derive, recipe_of
 
 FLOAT = ir.DataType.FLOAT
 
@@ -57,7 +57,7 @@ def test_a_transposed_weight_is_stored_transposed_and_anything_else_stays() -> N
 
     assert FoldWeightTransposes()(model).count == 1
     matmul = model.graph.node(0)
-    assert recipe_of(matmul.inputs[1]) == Recipe("w", transposed=True)
+    assert origin_of(matmul.inputs[1]) == Origin("w", transposed=True)
     assert tuple(matmul.inputs[1].shape) == (4, 6)
     assert [node.op_type for node in model.graph] == ["MatMul", "Transpose"]
 
@@ -68,7 +68,7 @@ def test_transposing_twice_is_the_weight_as_it_is_stored() -> None:
     weight = ir.Value(name="w", type=ir.TensorType(FLOAT), shape=ir.Shape([6, 4]))
     model.graph.initializers.add(weight)
     twice = derive(derive(weight, "t", transposed=True), "t", transposed=True)
-    assert recipe_of(twice) == Recipe("w")
+    assert origin_of(twice) == Origin("w")
     assert tuple(twice.shape) == (6, 4)
 
 

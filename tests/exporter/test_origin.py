@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from exporter.recipe import Recipe, derive, is_weight, recipe_of
+from exporter.origin import Origin, derive, is_weight, origin_of
 
 
 def graph_with(name: str, shape: tuple[int, ...]) -> tuple[ir.Graph, ir.Value]:
@@ -21,7 +21,7 @@ def graph_with(name: str, shape: tuple[int, ...]) -> tuple[ir.Graph, ir.Value]:
 def test_the_one_is_added_in_fp32_not_in_the_checkpoints_sixteen_bits(dtype: torch.dtype) -> None:
     stored = (torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 0.1).to(dtype)
     expected = stored.double().numpy() + 1.0  # exact: 53 bits hold any 16-bit float and the one
-    added = Recipe("w", plus_one=True).apply(stored, torch.float32)
+    added = Origin("w", plus_one=True).apply(stored, torch.float32)
     assert added.dtype == torch.float32
     np.testing.assert_array_equal(added.numpy(), expected.astype(np.float32))
     assert np.abs((stored + 1).double().numpy() - expected).max() > 1e-4  # what adding first would have lost
@@ -30,50 +30,50 @@ def test_the_one_is_added_in_fp32_not_in_the_checkpoints_sixteen_bits(dtype: tor
 def test_a_weight_without_flags_keeps_its_values() -> None:
     stored = torch.randn(3, 5).bfloat16()
     np.testing.assert_array_equal(
-        Recipe("w").apply(stored, torch.float32).numpy(), stored.double().numpy().astype(np.float32)
+        Origin("w").apply(stored, torch.float32).numpy(), stored.double().numpy().astype(np.float32)
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_weight_in_sixteen_bits_is_rounded_once(dtype: torch.dtype) -> None:
     stored = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 0.1
-    written = Recipe("w", plus_one=True).apply(stored, dtype)
+    written = Origin("w", plus_one=True).apply(stored, dtype)
     assert written.dtype == dtype
     assert torch.equal(written, (stored.double() + 1).float().to(dtype))
-    assert torch.equal(Recipe("w").apply(stored, dtype), stored.to(dtype))
+    assert torch.equal(Origin("w").apply(stored, dtype), stored.to(dtype))
 
 
 def test_a_transposed_weight_lies_in_memory_as_it_is_written() -> None:
     stored = torch.arange(15, dtype=torch.float32).reshape(3, 5)
-    result = Recipe("w", transposed=True).apply(stored, torch.float32)
+    result = Origin("w", transposed=True).apply(stored, torch.float32)
     assert result.is_contiguous()
     assert result.numpy().tobytes() == np.ascontiguousarray(np.arange(15, dtype=np.float32).reshape(3, 5).T).tobytes()
 
 
 def test_the_shape_asked_of_the_checkpoint_is_the_one_before_the_transposition() -> None:
-    assert Recipe("w").source_shape((3, 5)) == (3, 5)
-    assert Recipe("w", transposed=True).source_shape((3, 5)) == (5, 3)
+    assert Origin("w").source_shape((3, 5)) == (3, 5)
+    assert Origin("w", transposed=True).source_shape((3, 5)) == (5, 3)
 
 
 def test_applying_a_recipe_does_not_change_the_tensor_it_is_given() -> None:
     stored = torch.zeros(4)
-    Recipe("w", plus_one=True).apply(stored, torch.float32)
+    Origin("w", plus_one=True).apply(stored, torch.float32)
     assert stored.tolist() == [0, 0, 0, 0]
 
 
 def test_a_weight_no_pass_has_touched_is_the_checkpoints_tensor_of_its_name() -> None:
     _, value = graph_with("model.norm.weight", (4,))
-    assert recipe_of(value) == Recipe("model.norm.weight")
+    assert origin_of(value) == Origin("model.norm.weight")
 
 
 def test_a_derived_weight_remembers_its_source_and_what_is_done_to_it() -> None:
     graph, value = graph_with("w", (3, 5))
     derived = derive(value, "transposed", transposed=True)
-    assert recipe_of(derived) == Recipe("w", transposed=True)
+    assert origin_of(derived) == Origin("w", transposed=True)
     assert (derived.name, tuple(derived.shape), derived.dtype) == ("w.transposed", (5, 3), ir.DataType.FLOAT)
     assert graph.initializers["w.transposed"] is derived
     assert tuple(value.shape) == (3, 5)  # the source is as it was
-    assert recipe_of(value) == Recipe("w")
+    assert origin_of(value) == Origin("w")
 
 
 def test_a_weight_that_two_nodes_use_is_written_once() -> None:
@@ -85,9 +85,9 @@ def test_a_weight_that_two_nodes_use_is_written_once() -> None:
 def test_what_is_done_twice_adds_up() -> None:
     _, value = graph_with("w", (3, 5))
     once = derive(derive(value, "t", transposed=True), "plus_one", plus_one=True)
-    assert recipe_of(once) == Recipe("w", plus_one=True, transposed=True)
+    assert origin_of(once) == Origin("w", plus_one=True, transposed=True)
     back = derive(once, "t", transposed=True)
-    assert recipe_of(back) == Recipe("w", plus_one=True)
+    assert origin_of(back) == Origin("w", plus_one=True)
     assert tuple(back.shape) == (3, 5)
 
 

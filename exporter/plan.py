@@ -1,0 +1,139 @@
+"""What an export was asked for, with the checkpoint's defaults filled in and every value checked, before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.checkpoint import Checkpoint
+from exporter.evaluation_text import default_text, read_tokens, windows
+from exporter.lowering import TARGETS
+from exporter.recipe import Precision, precision_of, read_recipe
+from exporter.rope import checked_length
+from exporter.tasks import ARCHITECTURES, GENERATION, TASKS, GraphForm, Task, check_form
+from runtime.errors import UserError
+from runtime.ort_session import import_onnxruntime
+from runtime.session import Ints
+
+INPUTS = ("ids", "embeds")
+WINDOW = 256  # tokens of a row by which quality is measured
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export; defaults as on the command line.
+
+    Attributes:
+        task: by default the one that the checkpoint's architecture implies.
+        target: one of `exporter.lowering.TARGETS`.
+        precision: one that the target has.
+        max_length: tokens that a row may hold (default: `max_position_embeddings`; most: `exporter.rope.longest`).
+        cache: whether keys and values go in and out (default: for text generation); else every run is of whole rows.
+        inputs: `ids`, or `embeds` for embeddings in place of token ids.
+        position_ids: the tokens' positions are an input.
+        output_hidden_states, output_attentions: what each layer gives is handed out.
+        recipe: how matrices are rounded below 16 bit: a preset's name, or a TOML file.
+        eval_text: what the cost of a precision below fp32 is measured on (default: `heldout.txt` of the checkpoint,
+            else of the checkpoint that comes with the package).
+        eval_tokens: how many of its tokens.
+        max_kl: the largest mean KL divergence from fp32 that passes, in nats.
+        max_perplexity_increase: the largest rise of perplexity over fp32 that passes, in percent.
+        verify: run the parity gate; without it the bundle has no golden cases, and no quality is measured.
+        force: replace a bundle that exists.
+        adapter: a directory with a LoRA adapter to merge into the checkpoint.
+        revision: branch, tag or commit, where the checkpoint is a hub id.
+    """
+
+    task: str | None = None
+    target: str = "onnxruntime"
+    precision: str = "fp32"
+    max_length: int | None = None
+    cache: bool | None = None
+    inputs: str = "ids"
+    position_ids: bool = False
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    recipe: str | None = None
+    eval_text: Path | None = None
+    eval_tokens: int = 4096
+    max_kl: float | None = None
+    max_perplexity_increase: float | None = None
+    verify: bool = True
+    force: bool = False
+    adapter: Path | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options with the checkpoint's defaults filled in and every value checked."""
+
+    task: Task
+    form: GraphForm
+    max_length: int
+    target: str
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text's name, and tokens of it, int64 [n, length]."""
+
+    text: str
+    tokens: Ints
+
+
+def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
+    """Fill in and check everything that headers and configuration can tell.
+
+    Raises:
+        UserError: an unknown value, or one that this checkpoint, task or target does not carry.
+    """
+    own = ARCHITECTURES[checkpoint.spec.architecture].name
+    task = options.task or own
+    choices = (
+        ("task", task, TASKS),
+        ("target", options.target, TARGETS),
+        ("inputs", options.inputs, INPUTS),
+    )
+    for what, value, known in choices:
+        if value not in known:
+            raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+    precision = precision_of(options.target, options.precision, read_recipe(options.recipe))
+    if options.cache and task != GENERATION:
+        raise UserError(f"a cache is of {GENERATION}; export for {task} without one")
+    form = GraphForm(
+        cache=task == GENERATION if options.cache is None else options.cache,
+        embeds=options.inputs == "embeds",
+        position_ids=options.position_ids,
+        hidden_states=options.output_hidden_states,
+        attentions=options.output_attentions,
+    )
+    check_form(form, task, options.target)
+    if precision.quantized and not form.cache:
+        raise UserError(
+            f"--precision {precision.name} is of {GENERATION} with a cache; export this graph with fp32, fp16 or bf16"
+        )
+    if options.target == "onnxruntime" and (precision.quantized or (options.verify and precision.name == "fp32")):
+        import_onnxruntime()  # it packs the weights, and the gate runs the graph: better to know now
+    length = checked_length(checkpoint.spec, options.max_length)
+    return Plan(TASKS[task], form, length, options.target, precision)
+
+
+def windows_of(options: ExportOptions, plan: Plan, checkpoint: Checkpoint) -> Windows | None:
+    """What the cost of the precision is measured on; None where there is none to measure.
+
+    Raises:
+        UserError: the text cannot be read or is shorter than one window, or there are limits and nothing to measure.
+    """
+    limited = options.max_kl is not None or options.max_perplexity_increase is not None
+    if plan.precision.name == "fp32" or plan.task.name != GENERATION or not options.verify:
+        if limited:
+            raise UserError(
+                "--max-kl and --max-perplexity-increase are of text generation below fp32, checked (--verify); "
+                "leave them out"
+            )
+        return None
+    path = options.eval_text or default_text("heldout.txt", checkpoint.path)
+    tokens = read_tokens(path, checkpoint.path)
+    return Windows(path.name, windows(tokens, min(WINDOW, plan.max_length), options.eval_tokens, path))

@@ -1,0 +1,181 @@
+"""Weights of few bits: how a matrix is rounded to the nearest point of a grid, and what the target's operator reads.
+
+A rounding turns one matrix [out_features, in_features] into the initializers that stand for it, its parts. One matrix
+is in memory at a time, and a slice of its rows in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from runtime.errors import UserError
+from runtime.ort_model import import_onnxruntime
+
+if TYPE_CHECKING:
+    import torch
+
+VALUES, SCALES, ZERO_POINTS = "values", "scales", "zero_points"
+BLOCKS = (32, 64, 128)
+FP8_MOST = 448.0  # the largest float8_e4m3fn
+_ROWS = 4096  # rounded at once
+
+Shape = tuple[int, ...]
+Parts = dict[str, tuple[ir.DataType | None, Shape]]
+
+
+class Rounding(Protocol):
+    """A grid, and the form in which a target's operator takes what was rounded to it."""
+
+    @property
+    def precision(self) -> str:
+        """Its name, as in recipes."""
+        ...
+
+    def parts(self, shape: Shape) -> Parts:
+        """Name, dtype (None: that of the activations) and shape of every part of a matrix [out, in].
+
+        Raises:
+            UserError: the operator cannot take a matrix of this shape.
+        """
+        ...
+
+    def apply(self, matrix: torch.Tensor) -> dict[str, NDArray[Any]]:
+        """Round a matrix [out, in] of any float dtype: every part as its bytes are stored, scales in float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class BlockNBits:
+    """Blocks along in_features as ONNX Runtime's MatMulNBits and GatherBlockQuantized read them, by its own quantiser.
+
+    Attributes:
+        bits: 4 or 8.
+        block: weights that share a scale, one of `BLOCKS`.
+        symmetric: whether the middle of the grid is zero; otherwise each block has a zero point.
+    """
+
+    bits: int
+    block: int
+    symmetric: bool
+
+    @property
+    def precision(self) -> str:
+        """`int4` or `int8`."""
+        return f"int{self.bits}"
+
+    def parts(self, shape: Shape) -> Parts:
+        """Values uint8 [out, blocks, bytes], scales [out, blocks], zero points uint8 [out, bytes]."""
+        out, width = shape
+        blocks = -(-width // self.block)
+        parts: Parts = {
+            VALUES: (ir.DataType.UINT8, (out, blocks, self.block * self.bits // 8)),
+            SCALES: (None, (out, blocks)),
+        }
+        if not self.symmetric:
+            parts[ZERO_POINTS] = (ir.DataType.UINT8, (out, -(-blocks * self.bits // 8)))
+        return parts
+
+    def apply(self, matrix: torch.Tensor) -> dict[str, NDArray[Any]]:
+        """Round slices of rows, whose blocks do not depend on each other."""
+        import_onnxruntime()
+        from onnxruntime.capi import onnxruntime_pybind11_state as library
+
+        quantize = {4: library.quantize_matmul_4bits, 8: library.quantize_matmul_8bits}[self.bits]
+        asymmetric = BlockNBits(self.bits, self.block, False).parts(tuple(matrix.shape))
+        found = {
+            name: np.zeros(shape, np.float32 if name == SCALES else np.uint8) for name, (_, shape) in asymmetric.items()
+        }
+        for rows, part in _slices(matrix):
+            columns = np.ascontiguousarray(part.T)  # [in, out] is what it reads
+            pieces = [np.ascontiguousarray(found[name][rows]) for name in (VALUES, SCALES, ZERO_POINTS)]
+            quantize(
+                pieces[0],
+                columns,
+                pieces[1].reshape(-1),
+                pieces[2].reshape(-1),
+                self.block,
+                columns.shape[1],
+                columns.shape[0],
+                self.symmetric,
+            )
+            for name, piece in zip((VALUES, SCALES, ZERO_POINTS), pieces, strict=True):
+                found[name][rows] = piece
+        return {name: found[name] for name in self.parts(tuple(matrix.shape))}
+
+
+@dataclass(frozen=True)
+class BlockInt4:
+    """Symmetric blocks along in_features as DequantizeLinear reads them: signed, the scale above 0 (TensorRT)."""
+
+    block: int
+
+    @property
+    def precision(self) -> str:
+        """`int4`."""
+        return "int4"
+
+    def parts(self, shape: Shape) -> Parts:
+        """Values int4 [in, out], two to a byte, scales [in / block, out]."""
+        out, width = shape
+        if width % self.block:
+            raise UserError(
+                f"a matrix of {width} input features is not a whole number of blocks of {self.block}, which TensorRT "
+                "needs; name its layer in a recipe with a 16-bit precision, or export with --precision fp8 or fp16"
+            )
+        return {VALUES: (ir.DataType.INT4, (width, out)), SCALES: (None, (width // self.block, out))}
+
+    def apply(self, matrix: torch.Tensor) -> dict[str, NDArray[Any]]:
+        """Scale is the block's largest magnitude / 7, so that the grid −8 … 7 holds both ends."""
+        out, width = matrix.shape
+        values = np.empty((width, out), np.int8)
+        scales = np.empty((width // self.block, out), np.float32)
+        for rows, part in _slices(matrix):
+            blocks = part.T.reshape(-1, self.block, part.shape[0])
+            most = np.abs(blocks).max(1, keepdims=True)
+            scale = np.where(most == 0, 1.0, most / 7).astype(np.float32)
+            values[:, rows] = np.clip(np.rint(blocks / scale), -8, 7).reshape(width, -1)
+            scales[:, rows] = scale[:, 0]
+        flat = np.append(values.reshape(-1), np.zeros(values.size % 2, np.int8)) & 15
+        return {VALUES: (flat[::2] | flat[1::2] << 4).astype(np.uint8), SCALES: scales}
+
+
+@dataclass(frozen=True)
+class ChannelFp8:
+    """float8_e4m3fn with one scale per output channel, as DequantizeLinear reads it (TensorRT)."""
+
+    @property
+    def precision(self) -> str:
+        """`fp8`."""
+        return "fp8"
+
+    def parts(self, shape: Shape) -> Parts:
+        """Values float8 [in, out], scales [out]."""
+        return {VALUES: (ir.DataType.FLOAT8E4M3FN, shape[::-1]), SCALES: (None, shape[:1])}
+
+    def apply(self, matrix: torch.Tensor) -> dict[str, NDArray[Any]]:
+        """Scale is the channel's largest magnitude / 448."""
+        import torch
+
+        out, width = matrix.shape
+        values = np.empty((width, out), np.uint8)
+        scales = np.empty(out, np.float32)
+        for rows, part in _slices(matrix):
+            most = np.abs(part).max(1)
+            scale = np.where(most == 0, 1.0, most / FP8_MOST).astype(np.float32)
+            rounded = torch.from_numpy(part.T / scale).to(torch.float8_e4m3fn)
+            values[:, rows] = rounded.view(torch.uint8).numpy()
+            scales[rows] = scale
+        return {VALUES: values, SCALES: scales}
+
+
+def _slices(matrix: torch.Tensor) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Slices of rows in fp32."""
+    for start in range(0, matrix.shape[0], _ROWS):
+        rows = slice(start, min(start + _ROWS, matrix.shape[0]))
+        yield rows, matrix[rows].float().numpy()
