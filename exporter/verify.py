@@ -145,12 +145,12 @@ def run_gate(
     limits = ledger.comparisons()
     found = non_finite(session.non_finite) if isinstance(session, EvaluatedSession) else []
     comparisons = (*found, *limits, *_compare_greedy(steps, expected, precision))
-    passed = all(comparison.passed for comparison in comparisons)
     limit = max(found.limit for found in limits if (found.name, found.metric) == ("logits", "max_abs"))
     golden = _golden(steps, expected, limit)
     if bundle.manifest.quantization and bundle.manifest.target == "onnxruntime":
         golden, measured = with_kernels_error(bundle, golden)
         comparisons = (*comparisons, *measured)
+    passed = all(comparison.passed for comparison in comparisons)
     return GateResult(Parity(evaluated_by=evaluated_by, passed=passed, comparisons=comparisons), golden)
 
 

@@ -42,6 +42,13 @@ def weight_source(name: str, checkpoint: Checkpoint) -> str:
     return stored
 
 
+def role_of(tensor: str, *, lookup: bool) -> str:
+    """The name of a matrix by what is done with it: tied, the embedding and the head are stored under either name."""
+    if tensor not in {EMBEDDING, HEAD}:
+        return tensor
+    return EMBEDDING if lookup else HEAD
+
+
 def is_matrix(tensor: str) -> bool:
     """Whether a weight is a matrix that can be rounded: of the embedding, the vocabulary's head or a layer."""
     return tensor in {EMBEDDING, HEAD} or (tensor.startswith(LAYERS) and tensor.endswith("_proj.weight"))

@@ -13,6 +13,7 @@ import torch
 
 from exporter.evaluate import ops
 from exporter.evaluate.onnx_graph import as_torch
+from exporter.evaluate.onnx_quantized import dequantized
 from exporter.evaluate.program import CannotEvaluate, Compute, Edge, Program, Step, in_order
 from plugins.tensorrt_network import LENGTHS_ASSUMPTION
 
@@ -30,7 +31,10 @@ _DTYPES = {
     "INT64": torch.int64,
     "INT32": torch.int32,
     "BOOL": torch.bool,
+    "INT4": torch.int8,  # in a byte each
+    "FP8": torch.float8_e4m3fn,
 }
+_NOT_HANDED_OUT = {torch.bfloat16, torch.int8, torch.float8_e4m3fn}  # constants whose content the API keeps
 
 
 def compile_network(trt: Any, network: Any, constants: Mapping[str, Reader], owner: object = None) -> Program:
@@ -39,8 +43,8 @@ def compile_network(trt: Any, network: Any, constants: Mapping[str, Reader], own
     Args:
         trt: the module that the network is of.
         network: its `INetworkDefinition`.
-        constants: readers of the ONNX initializers by name. TensorRT's Python API does not hand out bfloat16
-            weights: those are read here, by the name and shape of the constant layer.
+        constants: readers of the ONNX initializers by name. TensorRT's Python API does not hand out bfloat16,
+            int4 and fp8 weights: those are read here, by the name and shape of the constant layer.
         owner: what must live as long as the network's weights do (the parser).
 
     Raises:
@@ -92,18 +96,18 @@ def _edge(tensor: Any) -> Edge:
 
 def _constant(layer: Any, constants: Mapping[str, Reader]) -> Reader:
     edge, shape = _edge(layer.get_output(0)), tuple(layer.shape)
-    if edge.dtype == torch.bfloat16:
-        return partial(_by_name, layer.name, shape, constants)
+    if edge.dtype in _NOT_HANDED_OUT:
+        return partial(_by_name, edge.dtype, layer.name, shape, constants)
     weights = layer.weights
     return lambda: as_torch(weights).reshape(shape)
 
 
-def _by_name(name: str, shape: tuple[int, ...], constants: Mapping[str, Reader]) -> Tensor:
+def _by_name(dtype: torch.dtype, name: str, shape: tuple[int, ...], constants: Mapping[str, Reader]) -> Tensor:
     if name not in constants:
-        raise CannotEvaluate(f"content of the bfloat16 constant {name}, which is no initializer of the ONNX graph")
+        raise CannotEvaluate(f"content of the {dtype} constant {name}, which is no initializer of the ONNX graph")
     tensor = constants[name]()
-    if tuple(tensor.shape) != shape or tensor.dtype != torch.bfloat16:
-        raise CannotEvaluate(f"bfloat16 constant {name} of shape {shape}: the ONNX graph has {tuple(tensor.shape)}")
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise CannotEvaluate(f"{dtype} constant {name} of shape {shape}: the ONNX graph has {tuple(tensor.shape)}")
     return tensor
 
 
@@ -233,6 +237,19 @@ def _reduce(layer: Any) -> Compute:
     return lambda x: function(ops.wide(x), dim=axes, keepdim=keep)
 
 
+def _dequantize(layer: Any) -> Compute:
+    """(value · scale) of blocks along the first axis, or with one scale for each index of `axis`."""
+    if layer.num_inputs != 2:
+        raise CannotEvaluate(f"zero points of {layer.name}")
+    axis = layer.axis
+
+    def compute(values: Tensor, scales: Tensor) -> Tensor:
+        blocks = scales.ndim == values.ndim  # the API does not tell `block_shape`; the shapes do
+        return dequantized(values, scales, axis, values.shape[0] // scales.shape[0] if blocks else 0)
+
+    return compute
+
+
 def _named(attribute: str, table: Mapping[str, Any], meanings: dict[str, str]) -> Callable[[Any], Compute]:
     return lambda layer: table[meanings[_known(layer, attribute, *meanings)]]
 
@@ -293,6 +310,7 @@ _LAYERS: dict[str, tuple[str, Callable[[Any], Compute]]] = {
     "SOFTMAX": ("ISoftMaxLayer", lambda layer: partial(ops.softmax, axis=_bits(layer.axes)[0])),
     "REDUCE": ("IReduceLayer", _reduce),
     "ROTARY_EMBEDDING": ("IRotaryEmbeddingLayer", _rotate),
+    "DEQUANTIZE": ("IDequantizeLayer", _dequantize),
     "KV_CACHE_UPDATE": ("IKVCacheUpdateLayer", _write_cache),
     "ATTENTION_OUTPUT": ("IAttentionOutputLayer", _attention),
 }

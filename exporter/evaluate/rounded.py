@@ -11,7 +11,7 @@ import torch
 from exporter.evaluate.onnx_graph import read_tensor
 from exporter.evaluate.onnx_quantized import dequantized, from_blocks
 from exporter.rounding import VALUES
-from exporter.weights import EMBEDDING, HEAD
+from exporter.weights import role_of
 
 Tensor = torch.Tensor
 
@@ -24,9 +24,9 @@ def rounded_weights(graph: ir.Graph) -> dict[str, Callable[[], Tensor]]:
             values = node.inputs[0 if node.op_type != "MatMulNBits" else 1]
             assert values is not None
             assert values.name is not None
-            stored = values.name.removesuffix(f".{VALUES}")
-            name = stored.removesuffix(".transposed")
-            found[HEAD if name == EMBEDDING and stored != name else name] = partial(_MATRICES[node.op_type], node)
+            name = values.name.removesuffix(f".{VALUES}").removesuffix(".transposed")
+            role = role_of(name, lookup=node.op_type == "GatherBlockQuantized")
+            found[role] = partial(_MATRICES[node.op_type], node)
     return found
 
 

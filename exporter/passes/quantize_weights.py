@@ -10,7 +10,7 @@ from exporter.origin import derive_parts, is_weight, origin_of
 from exporter.passes.base import GraphPass
 from exporter.recipe import Precision
 from exporter.rounding import SCALES, VALUES, ZERO_POINTS, BlockInt4, BlockNBits, Rounding
-from exporter.weights import EMBEDDING, HEAD, is_matrix
+from exporter.weights import is_matrix, role_of
 from plugins.onnxruntime import CONTRIB_DOMAIN
 from runtime.errors import UserError
 
@@ -66,9 +66,8 @@ class QuantizeWeights(GraphPass):
 
 
 def _named(weight: ir.Value, node: ir.Node) -> str:
-    """The matrix's name; a tied head reads the embedding, and is the head all the same."""
-    tensor = origin_of(weight).tensor
-    return HEAD if tensor == EMBEDDING and node.op_type == "MatMul" else tensor
+    """The matrix's name; tied ones have one name in the trace, and each the name of what it does here."""
+    return role_of(origin_of(weight).tensor, lookup=node.op_type == "Gather")
 
 
 def _matmul_nbits(node: ir.Node, weight: ir.Value, rounding: BlockNBits, parts: dict[str, ir.Value]) -> ir.Node:
