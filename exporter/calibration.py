@@ -18,12 +18,15 @@ from transformers.models.nemotron.modeling_nemotron import (
 )
 
 from exporter.checkpoint import Checkpoint
+from exporter.parameters import BASE, EMBEDDING, LAYERS, weight_source
+from exporter.scaling import CONTEXT, DOWN, QKV, UP
 from exporter.trace import cached_layers
-from exporter.weights import BASE, EMBEDDING, LAYERS, weight_source
 from runtime.errors import CheckFailed
 from runtime.session import Ints
 
-PRODUCTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")  # keys and values read as queries do
+# What the products of a layer read, by the first that does: keys and values read as queries do.
+PRODUCTS = (QKV, CONTEXT, UP, DOWN)
+RESIDUAL = "residual stream"
 
 
 @dataclass(frozen=True)
@@ -32,24 +35,18 @@ class LayerActivations:
 
     Attributes:
         layer: its index.
+        weights: its parameters by their names in it (`mlp.up_proj.weight`), as the checkpoint has them.
         inputs: what each of `PRODUCTS` read [tokens, in_features].
         keys, values: what it would cache, keys rotated [tokens, kv_heads, head_dim].
-        peaks: the largest magnitude of what each module gave, and of the residual stream.
+        peaks: the largest magnitude of each channel that each module gave, and of the residual stream (`RESIDUAL`).
     """
 
     layer: int
+    weights: dict[str, torch.Tensor]
     inputs: dict[str, torch.Tensor]
     keys: torch.Tensor
     values: torch.Tensor
-    peaks: dict[str, float]
-
-
-@dataclass(frozen=True)
-class FinalActivations:
-    """What the vocabulary's head read, float32 [tokens, hidden], and the residual stream's largest magnitude."""
-
-    head_input: torch.Tensor
-    peak: float
+    peaks: dict[str, torch.Tensor]
 
 
 class Calibration:
@@ -79,11 +76,12 @@ class Calibration:
         for index in range(self._checkpoint.spec.layers):
             yield self._run(index)
 
-    def final(self) -> FinalActivations:
-        """What the head reads, once every layer has run."""
+    def head_input(self) -> torch.Tensor:
+        """What the vocabulary's head reads once every layer has run, float32 [tokens, hidden]."""
         norm = self._module(NemotronLayerNorm1P(self._config.hidden_size, eps=self._config.norm_eps), f"{BASE}norm.")
         with torch.no_grad():
-            return FinalActivations(norm(self._hidden).flatten(0, 1), float(self._hidden.abs().max()))
+            read: torch.Tensor = norm(self._hidden).flatten(0, 1)
+        return read
 
     def _run(self, index: int) -> LayerActivations:
         with torch.device("meta"):
@@ -109,8 +107,9 @@ class Calibration:
             values.append(kept.values[0].transpose(0, 1))
         if not bool(torch.isfinite(self._hidden).all()):
             raise CheckFailed(f"layer {index} is not finite in fp32 on the calibration text; the checkpoint is broken")
-        recorder.peaks["residual stream"] = float(self._hidden.abs().max())
-        return LayerActivations(index, recorder.inputs, torch.cat(keys), torch.cat(values), recorder.peaks)
+        recorder.peaks[RESIDUAL] = self._hidden.abs().amax((0, 1))
+        weights = {name: parameter.data for name, parameter in layer.named_parameters()}
+        return LayerActivations(index, weights, recorder.inputs, torch.cat(keys), torch.cat(values), recorder.peaks)
 
     def _module(self, module: Any, prefix: str) -> Any:
         """Give a module on the meta device its weights in fp32."""
@@ -127,7 +126,7 @@ class _Recorder:
 
     def __init__(self, layer: torch.nn.Module, tokens: int) -> None:
         self.inputs: dict[str, torch.Tensor] = {}
-        self.peaks: dict[str, float] = {}
+        self.peaks: dict[str, torch.Tensor] = {}
         self._tokens = tokens
         self._filled: dict[str, int] = {}
         for name, module in layer.named_modules():
@@ -148,6 +147,7 @@ class _Recorder:
 
     def _gives(self, name: str) -> Any:
         def hook(_: torch.nn.Module, __: Any, given: torch.Tensor) -> None:
-            self.peaks[name] = max(self.peaks.get(name, 0.0), float(given.abs().max()))
+            peak = given.abs().amax((0, 1))
+            self.peaks[name] = torch.maximum(self.peaks.get(name, peak), peak)
 
         return hook

@@ -185,7 +185,8 @@ class BlockNBits:
         if self.bits == 8:
             return codes
         even = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
-        return even[:, ::2] | even[:, 1::2] << 4
+        packed: NDArray[np.uint8] = even[:, ::2] | even[:, 1::2] << np.uint8(4)
+        return packed
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ class BlockInt4:
         codes = torch.empty(matrix.shape, dtype=torch.uint8)
         scales = torch.empty(matrix.shape[0], matrix.shape[1] // self.block)
         for rows, part in _slices(matrix):
-            for index, block in enumerate(torch.from_numpy(part).split(self.block, 1)):
+            for index, block in enumerate(torch.split(torch.from_numpy(part), self.block, 1)):
                 grid = self.grid(block)
                 codes[rows, index * self.block : (index + 1) * self.block] = grid.codes(block).to(torch.uint8)
                 scales[rows, index] = grid.scale[:, 0]
@@ -234,8 +235,11 @@ class BlockInt4:
         return _nearest(self, matrix)
 
     def pack(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> dict[str, NDArray[Any]]:
-        """As `parts` has them; every zero is code 8, which is stored as 0."""
-        flat = codes.numpy().astype(np.uint8).T.reshape(-1) + np.uint8(_ZERO) & 15  # two's complement of code − 8
+        """As `parts` has them: code − zero in 4 bits of two's complement."""
+        import torch
+
+        signed = codes.to(torch.int8) - zeros.to(torch.int8).repeat_interleave(self.block, 1)
+        flat = signed.numpy().T.reshape(-1).view(np.uint8) & 15
         flat = np.append(flat, np.zeros(flat.size % 2, np.uint8))
         return {VALUES: flat[::2] | flat[1::2] << 4, SCALES: np.ascontiguousarray(scales.numpy().T)}
 
@@ -280,7 +284,7 @@ def _nearest(rounding: BlockRounding, matrix: torch.Tensor) -> torch.Tensor:
     import torch
 
     found = []
-    for block in matrix.split(rounding.block, 1):
+    for block in torch.split(matrix, rounding.block, 1):
         grid = rounding.grid(block)
         found.append(grid.numbers(grid.codes(block)))
     return torch.cat(found, 1)
