@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,18 +97,8 @@ class _Run:
         return Calibrated(self._scaling, self._rounded, record)
 
     def _layer(self, layer: LayerActivations) -> list[manifest.LayerRange]:
-        prefix, spec = f"{LAYERS}{layer.layer}.", self._checkpoint.spec
-        factors: dict[str, Tensor] = {}
-        for channels, readers in _READERS.items():
-            matrices = {name: layer.weights[f"{name}.weight"] for name in readers}
-            rounded = self._roundings(matrices, prefix)
-            if not self._precision.scaling or not rounded or (channels == DOWN and self._scaling.degree is None):
-                continue
-            if channels == CONTEXT:
-                pool, spread = (lambda x: _per_kv_head(x, spec)), (lambda x: per_query_head(x, spec))
-                factors[channels] = search(rounded, layer.inputs[channels], pool, spread)
-            else:
-                factors[channels] = search(rounded, layer.inputs[channels])
+        prefix = f"{LAYERS}{layer.layer}."
+        factors = self._search(layer, prefix) if self._precision.scaling else {}
         ranges = []
         if self._precision.ranged:
             safe = keep_in_range(layer, factors, self._scaling)
@@ -118,6 +109,29 @@ class _Run:
                 names = {f"{prefix}{name}.weight": layer.weights[f"{name}.weight"] for name in readers}
                 self._round(names, layer.inputs[channels])
         return ranges
+
+    def _search(self, layer: LayerActivations, prefix: str) -> dict[str, Tensor]:
+        """Factors by what goes through the layer, of channels whose readers are rounded.
+
+        Those that scale rows of other readers come first: what a matrix's columns need depends on its rows.
+        """
+        spec = self._checkpoint.spec
+        factors: dict[str, Tensor] = {}
+        for channels in (CONTEXT, DOWN, QKV, UP):
+            own = Scaling(spec, {f"{prefix}{known}": factor for known, factor in factors.items()})
+            scaled = {
+                name: own.apply(f"{prefix}{name}.weight", layer.weights[f"{name}.weight"])
+                for name in _READERS[channels]
+            }
+            rounded, inputs = self._roundings(scaled, prefix), layer.inputs[channels]
+            if not rounded or (channels == DOWN and self._scaling.degree is None):
+                continue
+            if channels == CONTEXT:
+                pool, spread = partial(_per_kv_head, spec=spec), partial(per_query_head, spec=spec)
+                factors[channels] = search(rounded, inputs, pool, spread)
+            else:
+                factors[channels] = search(rounded, inputs)
+        return factors
 
     def _head(self, calibration: Calibration) -> None:
         """The vocabulary's head, unless it is the embedding too, whose rows are looked up as they are."""

@@ -7,6 +7,7 @@ and b change inversely where a checkpoint's channels are scaled, so that what co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -36,12 +37,16 @@ def search(
     Returns:
         float32 [factors], above 0.
     """
+    sample = inputs[:: max(1, len(inputs) // SAMPLE)]
+    # By what each gives, which no factor changes: a matrix counts the same whatever its channels' scale.
+    matrices = [(matrix / _size(sample @ matrix.T), rounding) for matrix, rounding in matrices]
     activation = pool(inputs.square().mean(0)).sqrt()
     column = pool(torch.stack([matrix.square().mean(0) for matrix, _ in matrices]).mean(0)).sqrt()
-    live = (activation > 0) & (column > 0)
-    product = torch.where(live, activation * column, 1.0)
-    column = torch.where(live, column, 1.0)  # a channel that says nothing stays as it is
-    sample = inputs[:: max(1, len(inputs) // SAMPLE)]
+    product = activation * column
+    live = product > 0
+    # A channel that the text does not reach is one like the others, one that is not read stays as it is.
+    product = torch.where(live, product, product[live].median() if bool(live.any()) else 1.0)
+    column = torch.where(column > 0, column, 1.0)
     best, least = torch.ones_like(column), float("inf")
     for alpha in ALPHAS:
         factor = product**alpha / column
@@ -50,6 +55,12 @@ def search(
         if loss < least:
             best, least = factor, loss
     return best
+
+
+def _size(given: Tensor) -> float:
+    """The root of the mean square, as a power of two, which scales exactly; 1 of nothing."""
+    size = float(given.square().mean().sqrt())
+    return float(2.0 ** round(math.log2(size))) if size > 0 else 1.0
 
 
 def _loss(matrix: Tensor, rounding: Rounding, factor: Tensor, sample: Tensor) -> float:
