@@ -23,7 +23,12 @@ from exporter.weights import BASE, EMBEDDING, LAYERS, weight_source
 from runtime.errors import CheckFailed
 from runtime.session import Ints
 
-PRODUCTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")  # keys and values read as queries do
+PRODUCTS = (
+    "self_attn.q_proj",
+    "self_attn.o_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)  # keys and values read as queries do
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,14 @@ from typing import Any
 import onnx_ir as ir
 
 from exporter import __version__, passes
+from exporter.calibration import Calibration
 from exporter.checkpoint import Checkpoint
 from exporter.companions import check_companions, write_companions, write_genai_config
+from exporter.kv_scales import calibrate
 from exporter.lowering import Lowered, lower
 from exporter.origin import part_of
 from exporter.passes.base import PassReport
-from exporter.plan import ExportOptions, Plan, Windows, make_plan, windows_of
+from exporter.plan import ExportOptions, Plan, Windows, calibration_of, make_plan, windows_of
 from exporter.quality import check_limits, logits_of, measure
 from exporter.recipe import Precision
 from exporter.rope import rope_tables
@@ -34,7 +36,19 @@ from exporter.weights import check_tensors, expected_shapes, is_matrix, weight_b
 from runtime.bundle import Bundle, describe_files
 from runtime.contract import EMBED_TOKENS
 from runtime.errors import CheckFailed, UserError
-from runtime.manifest import GOLDEN, MODEL, Graph, Lowering, Manifest, PassRecord, Quantization, Source, TensorSpec
+from runtime.manifest import (
+    GOLDEN,
+    KV_SCALES,
+    MODEL,
+    Graph,
+    Lowering,
+    Manifest,
+    PassRecord,
+    Quantization,
+    RoundedCache,
+    Source,
+    TensorSpec,
+)
 from runtime.ort_session import OrtSession
 
 Progress = Callable[[str, int, int], None]
@@ -74,7 +88,7 @@ def export(
         checkpoint_path: the checkpoint's directory, or its hub id.
         bundle_path: where the bundle goes (default: `artifacts/<checkpoint>-<target>-<precision>`).
         options: what to export.
-        progress: called with a stage ("trace", "passes", "weights", "verify"), what is done of it and how much
+        progress: called with a stage ("trace", "calibrate", "passes", "weights", "verify", "quality"), what is done of it and how much
             there is (bytes for the weights).
 
     Raises:
@@ -90,16 +104,20 @@ def export(
     shapes = expected_shapes(spec, task)
     check_tensors(shapes, checkpoint, task)
     plan.precision.check_layers(filter(is_matrix, shapes))
-    windows = windows_of(options, plan, checkpoint)
+    windows, calibration = (choose(options, plan, checkpoint) for choose in (windows_of, calibration_of))
     clock = _Clock(progress)
 
     with staged(destination, options.force) as directory:
         with clock.stage("trace"):
             model = trace(spec, task, cached=form.cache)
+        scales = None
+        if calibration is not None:
+            with clock.stage("calibrate"):
+                scales = calibrate(Calibration(checkpoint, calibration.tokens).layers(), spec.rotary_dim)
         with clock.stage("passes"):
             wanted = passes.Wanted(task.name, form, plan.precision)
             reports = passes.run(passes.pipeline(spec, *rope_tables(spec, plan.max_length), wanted), model)
-            lowered = lower(model, options.target, spec.layers)
+            lowered = lower(model, options.target, spec.layers, scales)
         with clock.stage("weights"):
             total = weight_bytes(model)
             data = directory / f"{MODEL}.data"
@@ -108,9 +126,11 @@ def export(
             if form.embeds:
                 write_embeddings(checkpoint, directory / EMBED_TOKENS)
             write_companions(checkpoint, directory, task)
+            if scales is not None:
+                scales.save(directory / KV_SCALES)
             if form == GraphForm() and (task.name, options.target) == (GENERATION, "onnxruntime"):
                 write_genai_config(checkpoint, directory, plan.max_length)
-            manifest = _manifest(directory, checkpoint, plan, model, lowered, reports)
+            manifest = _manifest(directory, checkpoint, plan, model, lowered, reports, calibration)
             manifest.save(directory)
         if options.verify:
             with clock.stage("verify"):
@@ -140,6 +160,7 @@ def _manifest(
     model: ir.Model,
     lowered: Lowered,
     reports: list[PassReport],
+    calibration: Windows | None,
 ) -> Manifest:
     """The manifest of what has been written so far; parity is not known yet."""
     return Manifest(
@@ -154,6 +175,7 @@ def _manifest(
         target=plan.target,
         precision=plan.precision.name,
         quantization=_quantization(plan.precision, model),
+        kv_cache=_rounded_cache(plan, calibration),
         opset=lowered.opset,
         max_length=plan.max_length,
         graph=_describe_graph(model),
@@ -193,6 +215,12 @@ def _quantization(precision: Precision, model: ir.Model) -> Quantization | None:
     parts = [part_of(value) for value in model.graph.initializers.values()]
     matrices = Counter(part.rounding.precision for part in parts if part is not None and part.name == VALUES)
     return Quantization(recipe=precision.recipe.name, activations=precision.activations, matrices=dict(matrices))
+
+
+def _rounded_cache(plan: Plan, calibration: Windows | None) -> RoundedCache | None:
+    if plan.kv_cache is None or calibration is None:
+        return None
+    return RoundedCache(dtype=plan.kv_cache, calibration=calibration.text, tokens=calibration.tokens.size)
 
 
 def _measure(

@@ -33,7 +33,11 @@ class ExportOptions:
         position_ids: the tokens' positions are an input.
         output_hidden_states, output_attentions: what each layer gives is handed out.
         recipe: how matrices are rounded below 16 bit: a preset's name, or a TOML file.
-        eval_text: what the cost of a precision below fp32 is measured on (default: `heldout.txt` of the checkpoint,
+        kv_cache: `int8` for a cache that is rounded to it (default: the activations' dtype).
+        calibration: the text that such a cache's scales are calibrated on (default: `calibration.txt` of the
+            checkpoint, else of the checkpoint that comes with the package).
+        calibration_tokens: how many of its tokens.
+        eval_text: what the cost of weights, activations or a cache below fp32 is measured on (default: `heldout.txt` of the checkpoint,
             else of the checkpoint that comes with the package).
         eval_tokens: how many of its tokens.
         max_kl: the largest mean KL divergence from fp32 that passes, in nats.
@@ -54,6 +58,9 @@ class ExportOptions:
     output_hidden_states: bool = False
     output_attentions: bool = False
     recipe: str | None = None
+    kv_cache: str | None = None
+    calibration: Path | None = None
+    calibration_tokens: int = 4096
     eval_text: Path | None = None
     eval_tokens: int = 4096
     max_kl: float | None = None
@@ -73,6 +80,7 @@ class Plan:
     max_length: int
     target: str
     precision: Precision
+    kv_cache: str | None
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,7 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
         attentions=options.output_attentions,
     )
     check_form(form, task, options.target)
+    _check_kv_cache(options, form)
     if precision.quantized and not form.cache:
         raise UserError(
             f"--precision {precision.name} is of {GENERATION} with a cache; export this graph with fp32, fp16 or bf16"
@@ -117,7 +126,31 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     if options.target == "onnxruntime" and (precision.quantized or (options.verify and precision.name == "fp32")):
         import_onnxruntime()  # it packs the weights, and the gate runs the graph: better to know now
     length = checked_length(checkpoint.spec, options.max_length)
-    return Plan(TASKS[task], form, length, options.target, precision)
+    return Plan(TASKS[task], form, length, options.target, precision, options.kv_cache)
+
+
+def _check_kv_cache(options: ExportOptions, form: GraphForm) -> None:
+    if options.kv_cache is None:
+        if options.calibration is not None:
+            raise UserError(
+                f"--calibration {options.calibration} is of --kv-cache int8, nothing else is calibrated; leave it out"
+            )
+        return
+    if options.kv_cache not in (known := sorted({name for target in TARGETS.values() for name in target.kv_caches})):
+        raise UserError(f"unknown cache {options.kv_cache!r}; known: {', '.join(known)}")
+    asked = f"--kv-cache {options.kv_cache}"
+    if not form.cache:
+        raise UserError(f"{asked} is of {GENERATION} with a cache, this graph has none; leave it out")
+    if options.kv_cache not in TARGETS[options.target].kv_caches:
+        raise UserError(
+            f"target {options.target} has no {asked}: TensorRT's cache update refuses caches of 8 bits; leave it out, "
+            "or export with --target onnxruntime"
+        )
+    if form.position_ids or form.hidden_states:
+        raise UserError(
+            f"{asked} goes with neither --position-ids nor --output-hidden-states, which are compared without a cache; "
+            "leave one out"
+        )
 
 
 def windows_of(options: ExportOptions, plan: Plan, checkpoint: Checkpoint) -> Windows | None:
@@ -127,7 +160,8 @@ def windows_of(options: ExportOptions, plan: Plan, checkpoint: Checkpoint) -> Wi
         UserError: the text cannot be read or is shorter than one window, or there are limits and nothing to measure.
     """
     limited = options.max_kl is not None or options.max_perplexity_increase is not None
-    if plan.precision.name == "fp32" or plan.task.name != GENERATION or not options.verify:
+    exact = plan.precision.name == "fp32" and plan.kv_cache is None
+    if exact or plan.task.name != GENERATION or not options.verify:
         if limited:
             raise UserError(
                 "--max-kl and --max-perplexity-increase are of text generation below fp32, checked (--verify); "
@@ -137,3 +171,16 @@ def windows_of(options: ExportOptions, plan: Plan, checkpoint: Checkpoint) -> Wi
     path = options.eval_text or default_text("heldout.txt", checkpoint.path)
     tokens = read_tokens(path, checkpoint.path)
     return Windows(path.name, windows(tokens, min(WINDOW, plan.max_length), options.eval_tokens, path))
+
+
+def calibration_of(options: ExportOptions, plan: Plan, checkpoint: Checkpoint) -> Windows | None:
+    """What the scales of a rounded cache are calibrated on; None where nothing is calibrated.
+
+    Raises:
+        UserError: the text cannot be read or is shorter than one window.
+    """
+    if plan.kv_cache is None:
+        return None
+    path = options.calibration or default_text("calibration.txt", checkpoint.path)
+    tokens = read_tokens(path, checkpoint.path)
+    return Windows(path.name, windows(tokens, min(WINDOW, plan.max_length), options.calibration_tokens, path))

@@ -20,6 +20,7 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GOLDEN = "golden.npz"
+KV_SCALES = "kv_scales.npz"  # of an int8 cache; see `runtime.cache_scales`
 ENGINES = "engines"  # a directory
 PLAN = "model.plan"  # in a directory of its own under that
 
@@ -73,6 +74,21 @@ class Quantization(Record):
     recipe: str
     activations: str
     matrices: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedCache(Record):
+    """A key/value cache of fewer bits than activations: its dtype, and the text that its scales were calibrated on.
+
+    Attributes:
+        dtype: "int8".
+        calibration: the text's file name.
+        tokens: of the text that were run.
+    """
+
+    dtype: str
+    calibration: str
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +204,7 @@ class Manifest(Record):
     target: str
     precision: str
     quantization: Quantization | None = None
+    kv_cache: RoundedCache | None = None
     opset: int
     max_length: int
     graph: Graph
@@ -200,7 +217,7 @@ class Manifest(Record):
 
     @property
     def activations(self) -> str:
-        """The precision of activations and cache: "fp32", "fp16" or "bf16"."""
+        """The precision of activations, and of a cache that is not rounded further: "fp32", "fp16" or "bf16"."""
         return self.precision if self.quantization is None else self.quantization.activations
 
     @classmethod

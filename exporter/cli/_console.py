@@ -15,7 +15,7 @@ import click
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from runtime.manifest import Comparison
+    from runtime.manifest import Comparison, RoundedCache
 
 Progress = Callable[[str, int, int], None]
 
@@ -44,6 +44,11 @@ def print_table(rows: Sequence[Sequence[str]], indent: str = "  ") -> None:
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         click.echo(indent + "  ".join(cells).rstrip())
+
+
+def describe_cache(cache: RoundedCache | None) -> str:
+    """What a cache was rounded to, and by what text; empty where it is as activations are."""
+    return f"{cache.dtype}, calibrated on {cache.tokens} tokens of {cache.calibration}" if cache else ""
 
 
 def print_comparisons(comparisons: Sequence[Comparison]) -> None:

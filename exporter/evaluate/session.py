@@ -26,7 +26,7 @@ from runtime.session import Floats, Ints, Session
 from runtime.steps import Limits, Step, check_allocation, contract_of
 from runtime.tensorrt_api import FLAVORS, import_tensorrt
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 class _Cache(Protocol):
