@@ -88,8 +88,8 @@ def export(
         checkpoint_path: the checkpoint's directory, or its hub id.
         bundle_path: where the bundle goes (default: `artifacts/<checkpoint>-<target>-<precision>`).
         options: what to export.
-        progress: called with a stage ("trace", "calibrate", "passes", "weights", "verify", "quality"), what is done of it and how much
-            there is (bytes for the weights).
+        progress: called with a stage ("trace", "calibrate", "passes", "weights", "verify", "quality"), what is done of
+            it and how much there is (bytes for the weights).
 
     Raises:
         UserError: something in the checkpoint, the options or the destination must change.

@@ -2,7 +2,8 @@
 
 One scale for each channel of each head. The two channels that rotate together share one, from the largest length of
 their pair: rotation turns a pair and keeps its length, so what the scale covers does not depend on how far into a row
-the calibration went. The range of a single rotated channel does: on windows of 64 tokens, slow pairs have hardly turned.
+the calibration went. The range of a single rotated channel does: in windows of 64 tokens, slow pairs have hardly
+turned.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ class ExportOptions:
         calibration: the text that such a cache's scales are calibrated on (default: `calibration.txt` of the
             checkpoint, else of the checkpoint that comes with the package).
         calibration_tokens: how many of its tokens.
-        eval_text: what the cost of weights, activations or a cache below fp32 is measured on (default: `heldout.txt` of the checkpoint,
-            else of the checkpoint that comes with the package).
+        eval_text: what the cost of weights, activations or a cache below fp32 is measured on (default: `heldout.txt`
+            of the checkpoint, else of the checkpoint that comes with the package).
         eval_tokens: how many of its tokens.
         max_kl: the largest mean KL divergence from fp32 that passes, in nats.
         max_perplexity_increase: the largest rise of perplexity over fp32 that passes, in percent.
