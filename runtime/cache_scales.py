@@ -55,7 +55,7 @@ class CacheScales:
             UserError: the file is damaged, or of another schema.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 schema, keys, values = int(arrays["schema"]), arrays["keys"], arrays["values"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} holds no scales of a cache ({error}); copy or export the bundle again") from error
