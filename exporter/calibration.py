@@ -23,12 +23,8 @@ from exporter.weights import BASE, EMBEDDING, LAYERS, weight_source
 from runtime.errors import CheckFailed
 from runtime.session import Ints
 
-PRODUCTS = (
-    "self_attn.q_proj",
-    "self_attn.o_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)  # keys and values read as queries do
+# Keys and values read as queries do.
+PRODUCTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from exporter.verify import NON_FINITE, gate, session_of
 from exporter.verify_rows import whole_row_logits
 from exporter.weights import check_tensors, expected_shapes, is_matrix, weight_bytes, write_embeddings, write_weights
 from runtime.bundle import Bundle, describe_files
+from runtime.cache_scales import CacheScales
 from runtime.contract import EMBED_TOKENS
 from runtime.errors import CheckFailed, UserError
 from runtime.manifest import (
@@ -110,10 +111,7 @@ def export(
     with staged(destination, options.force) as directory:
         with clock.stage("trace"):
             model = trace(spec, task, cached=form.cache)
-        scales = None
-        if calibration is not None:
-            with clock.stage("calibrate"):
-                scales = calibrate(Calibration(checkpoint, calibration.tokens).layers(), spec.rotary_dim)
+        scales = _cache_scales(directory, checkpoint, calibration, clock)
         with clock.stage("passes"):
             wanted = passes.Wanted(task.name, form, plan.precision)
             reports = passes.run(passes.pipeline(spec, *rope_tables(spec, plan.max_length), wanted), model)
@@ -126,8 +124,6 @@ def export(
             if form.embeds:
                 write_embeddings(checkpoint, directory / EMBED_TOKENS)
             write_companions(checkpoint, directory, task)
-            if scales is not None:
-                scales.save(directory / KV_SCALES)
             if form == GraphForm() and (task.name, options.target) == (GENERATION, "onnxruntime"):
                 write_genai_config(checkpoint, directory, plan.max_length)
             manifest = _manifest(directory, checkpoint, plan, model, lowered, reports, calibration)
@@ -138,8 +134,23 @@ def export(
         if windows is not None:
             with clock.stage("quality"):
                 manifest = _measure(directory, checkpoint, manifest, options, windows, progress)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    return ExportResult(destination, clock.seconds, peak, manifest)
+    return ExportResult(destination, clock.seconds, _peak_rss_mb(), manifest)
+
+
+def _peak_rss_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _cache_scales(
+    directory: Path, checkpoint: Checkpoint, calibration: Windows | None, clock: _Clock
+) -> CacheScales | None:
+    """Scales of a rounded cache, kept in the bundle beside the graph too: they are what the gate checks its by."""
+    if calibration is None:
+        return None
+    with clock.stage("calibrate"):
+        scales = calibrate(Calibration(checkpoint, calibration.tokens).layers(), checkpoint.spec.rotary_dim)
+        scales.save(directory / KV_SCALES)
+    return scales
 
 
 def _check_place(destination: Path, checkpoint: Checkpoint, force: bool) -> None:

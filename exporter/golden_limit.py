@@ -45,8 +45,7 @@ def with_ties_turned(
         expected: what it gave.
     """
     turned = reference.forwards([replace(row, kept=[], ties_turned=True) for row in rows])
-    most = max(
-        float(np.abs(other.logits - own.exact.logits).max()) for other, own in zip(turned, expected, strict=False)
-    )
+    pairs = zip(turned, expected, strict=True)
+    most = max(float(np.abs(other.logits - own.exact.logits).max()) for other, own in pairs)
     measured = compare("logits", "near ties turned", "max_abs", most, NO_LIMIT)
     return replace(golden, limit=max(golden.limit, most)), [measured]
