@@ -93,7 +93,7 @@ def load_model(bundle: Bundle, device: str, threads: int | None) -> OrtModel:
             is out of range.
     """
     ort = import_onnxruntime()
-    if bundle.manifest.precision == "bf16":
+    if bundle.manifest.activations == "bf16":
         numpy_dtype("bfloat16")  # refused here, where the user reads why, not by a missing kernel
     if threads is not None and threads < 1:
         raise UserError(f"threads should be at least 1, not {threads}")
