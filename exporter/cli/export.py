@@ -7,12 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.cli._console import emit_json, note, print_comparisons, print_facts, size, stages, writing
+from exporter.cli._console import (
+    describe_calibration,
+    emit_json,
+    note,
+    print_comparisons,
+    print_facts,
+    size,
+    stages,
+    writing,
+)
 from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options, json_option
 
 if TYPE_CHECKING:
     from exporter.export import ExportResult
-    from runtime.manifest import Calibration
 
 # Plain text, so that --help needs no import; a test holds them against what the exporter knows.
 TASKS = (
@@ -138,17 +146,6 @@ def export(
         generates = result.manifest.task == "text-generation"
         command, option = ("generate", "-p") if generates else ("predict", "--text")
         click.echo(f"next: nemotron-export {command} {result.bundle} {option} TEXT")
-
-
-def describe_calibration(calibration: Calibration | None) -> str:
-    """What was chosen by which text, and the largest magnitude of any layer before and after it was scaled."""
-    if calibration is None:
-        return ""
-    told = f"{', '.join(calibration.methods)} by {calibration.tokens} tokens of {calibration.text}"
-    if not calibration.ranges:
-        return told
-    before, after = (max(getattr(layer, when) for layer in calibration.ranges) for when in ("before", "after"))
-    return f"{told}; largest magnitude in fp16 {after:.4g}, before scaling {before:.4g}"
 
 
 def print_export(result: ExportResult) -> None:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exporter.cli._checkpoint_facts import describe_checkpoint
-from exporter.cli._console import emit_json, note, print_comparisons, print_facts, print_table, size
+from exporter.cli._console import (
+    describe_calibration,
+    emit_json,
+    note,
+    print_comparisons,
+    print_facts,
+    print_table,
+    size,
+)
 from exporter.cli._options import PATH, json_option
 
 if TYPE_CHECKING:
@@ -95,6 +103,7 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
             ("target", f"{manifest.target}, {manifest.precision}, opset {manifest.opset}"),
             ("max length", f"{manifest.max_length} tokens"),
             ("cache", _cache_line(bundle)),
+            ("calibration", describe_calibration(manifest.calibration)),
             ("passes", ", ".join(f"{record.name} ×{record.count}" for record in manifest.passes)),
             ("attention", lowering and ", ".join((lowering.attention, *lowering.fallbacks))),
             ("engines", ", ".join(engine.path for engine in manifest.engines) or "none"),

@@ -11,12 +11,12 @@ from transformers import DynamicCache, NemotronForCausalLM
 
 from exporter.calibration import Calibration, LayerActivations
 from exporter.checkpoint import Checkpoint
-from exporter.kv_scales import HEADROOM, calibrate, layer_scales
+from exporter.kv_scales import HEADROOM, layer_scales
 from runtime.cache_scales import CacheScales
 
 
 def activations(keys: torch.Tensor, values: torch.Tensor | None = None) -> LayerActivations:
-    return LayerActivations(0, {}, keys, keys if values is None else values, {})
+    return LayerActivations(0, None, {}, {}, keys, keys if values is None else values, {})
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,9 @@ def windows(tiny_checkpoint: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def scales(tiny_checkpoint: Path, windows: np.ndarray) -> CacheScales:
-    return calibrate(Calibration(Checkpoint.open(tiny_checkpoint), windows).layers(), rotary_dim=32)
+    layers = Calibration(Checkpoint.open(tiny_checkpoint), windows).layers()
+    keys, values = zip(*(layer_scales(layer, rotary_dim=32) for layer in layers), strict=True)
+    return CacheScales(np.stack(keys), np.stack(values))
 
 
 def cached(checkpoint: Path, windows: np.ndarray, positions: torch.Tensor | None = None) -> list[np.ndarray]:
