@@ -82,6 +82,11 @@ def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
         "task": None,
         "target": "onnxruntime",
         "precision": "fp32",
+        "recipe": None,
+        "eval_text": None,
+        "eval_tokens": 4096,
+        "max_kl": None,
+        "max_perplexity_increase": None,
         "max_length": None,
         "cache": None,
         "inputs": "ids",
@@ -96,15 +101,21 @@ def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
 
 
 def test_every_flag_arrives(cli, exporter, tmp_path):
-    flags = "--task text-generation --target onnxruntime --precision fp32 --max-length 64 --no-verify --force"
+    flags = "--task text-generation --target tensorrt --precision int4 --max-length 64 --no-verify --force"
     more = "--no-cache --inputs embeds --position-ids --output-hidden-states --output-attentions"
-    cli("export", tmp_path, tmp_path / "out", *flags.split(), *more.split(), "--adapter", tmp_path)
+    cost = "--recipe fine --eval-text text.txt --eval-tokens 512 --max-kl 0.1 --max-perplexity-increase 2"
+    cli("export", tmp_path, tmp_path / "out", *f"{flags} {more} {cost}".split(), "--adapter", tmp_path)
     _, bundle, options = exporter.asked[0]
     assert bundle == tmp_path / "out"
     assert options == {
         "task": "text-generation",
-        "target": "onnxruntime",
-        "precision": "fp32",
+        "target": "tensorrt",
+        "precision": "int4",
+        "recipe": "fine",
+        "eval_text": Path("text.txt"),
+        "eval_tokens": 512,
+        "max_kl": 0.1,
+        "max_perplexity_increase": 2,
         "max_length": 64,
         "cache": False,
         "inputs": "embeds",
@@ -197,13 +208,13 @@ def test_without_torch_the_command_that_installs_it_is_named(command, tmp_path, 
 
 
 def test_the_choices_are_what_the_exporter_and_the_runtime_know():
-    from exporter import export, lowering, tasks
+    from exporter import lowering, plan, recipe, tasks
     from exporter.cli import _options
     from exporter.cli import export as command
     from runtime import session
 
     assert tuple(tasks.TASKS) == command.TASKS
-    assert export.INPUTS == command.INPUTS
-    assert tuple(lowering.TARGETS) == command.TARGETS
-    assert {p for target in lowering.TARGETS.values() for p in target.precisions} == set(command.PRECISIONS)
+    assert plan.INPUTS == command.INPUTS
+    assert tuple(lowering.TARGETS) == tuple(recipe.FORMS) == command.TARGETS
+    assert {name for known in recipe.FORMS.values() for name in known} == set(command.PRECISIONS)
     assert (session.BACKENDS, session.DEVICES) == (_options.BACKENDS, _options.DEVICES)
