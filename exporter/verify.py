@@ -11,20 +11,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
 from exporter.checkpoint import Checkpoint
-from exporter.evaluate.rounded import rounded_weights
 from exporter.evaluate.session import CachedSession, EvaluatedSession, evaluate_graph, evaluate_network
 from exporter.golden_limit import NO_LIMIT, with_kernels_error
 from exporter.reference import Floats as Floats64
-from exporter.reference import Forward, Reference, Row
+from exporter.reference import Forward, Row
 from exporter.verify_rows import NON_FINITE, GateResult, has_extras, non_finite, prompts, refused, run_rows_gate
 from exporter.yardstick import LIMIT, Expected, Ledger, Yardstick, compare
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden, GoldenStep
-from runtime.manifest import MODEL, Comparison, Parity
+from runtime.manifest import Comparison, Parity
 from runtime.ort_session import OrtSession
 from runtime.session import Floats, Ints
 
@@ -104,7 +102,10 @@ def gate(
 
 
 def session_of(bundle: Bundle) -> CachedSession:
-    """What the gate runs: ONNX Runtime for fp32, the evaluation for 16 bit, which its CPU kernels run in fp32."""
+    """What the gate runs: ONNX Runtime for fp32; else the evaluation, which rounds as the graph says and no more.
+
+    ONNX Runtime's CPU kernels run 16 bit in fp32, and round activations to 8 bits for weights of few bits.
+    """
     return OrtSession(bundle, slots=1, capacity=1) if bundle.manifest.precision == "fp32" else evaluate_graph(bundle)
 
 
@@ -126,8 +127,7 @@ def run_gate(
         end = _run_end_of_capacity(session, bundle)
     except CheckFailed as refusal:  # the graph is so wrong that the backend does not run it
         return GateResult(refused(evaluated_by, "all", refusal), None)
-    weights = rounded_weights(ir.load(bundle.file(MODEL)).graph) if bundle.manifest.quantization else None
-    forwards = Yardstick(Reference(checkpoint, weights=weights), precision).forwards([*map(Row, rows.tokens), end.row])
+    forwards = Yardstick(bundle, checkpoint).forwards([*map(Row, rows.tokens), end.row])
     expected, ledger = forwards[:-1], Ledger(precision)
     for step in steps:
         for row, slot in enumerate(step.slots):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from exporter.checkpoint import Checkpoint
 from exporter.evaluate.rows import Runner, evaluate_graph_rows, evaluate_network_rows, onnxruntime_rows
-from exporter.reference import Batch, Reference
+from exporter.reference import Batch
 from exporter.tasks import GENERATION, TASKS
 from exporter.yardstick import Ledger, Outputs, Yardstick, compare
 from runtime.bundle import Bundle
@@ -67,8 +67,8 @@ def run_rows_gate(
     manifest = bundle.manifest
     runner = _runner(bundle, network)
     cases = _cases(bundle, checkpoint)
-    expected = Yardstick(Reference(checkpoint, manifest.task), manifest.precision).outputs(list(cases.values()))
-    ledger = Ledger(manifest.precision, over_vocabulary=manifest.task == GENERATION)
+    expected = Yardstick(bundle, checkpoint).outputs(list(cases.values()))
+    ledger = Ledger(manifest.activations, over_vocabulary=manifest.task == GENERATION)
     for done, ((case, batch), (exact, yardstick)) in enumerate(zip(cases.items(), expected, strict=True)):
         columns = _columns(bundle, batch)
         try:

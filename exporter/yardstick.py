@@ -10,11 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from exporter.checkpoint import Checkpoint
+from exporter.evaluate.rounded import rounded_weights
 from exporter.reference import Batch, Forward, Reference, Row
-from runtime.manifest import Comparison
+from runtime.bundle import Bundle
+from runtime.manifest import MODEL, Comparison
 
 LIMIT = 1e-4  # of |Δ| in fp32, unless the reference itself is further than a third of it from fp64
 KL_FACTOR = 1.5  # of transformers' mean divergence at that precision
@@ -35,11 +39,16 @@ class Expected:
 
 
 class Yardstick:
-    """Runs rows through transformers in fp32 and at a precision's yardstick."""
+    """Runs rows through transformers in fp32 and at a precision's yardstick, on the weights that a bundle has.
 
-    def __init__(self, reference: Reference, precision: str) -> None:
-        self._reference = reference
-        self._dtype = _YARDSTICKS[precision]
+    Matrices that the bundle rounds to few bits are its own: what that costs is measured, not limited here.
+    """
+
+    def __init__(self, bundle: Bundle, checkpoint: Checkpoint) -> None:
+        manifest = bundle.manifest
+        weights = rounded_weights(ir.load(bundle.file(MODEL)).graph) if manifest.quantization else None
+        self._reference = Reference(checkpoint, manifest.task, weights)
+        self._dtype = _YARDSTICKS[manifest.activations]
 
     def outputs(self, batches: Sequence[Batch]) -> list[tuple[Outputs, Outputs]]:
         """Run batches without a cache: what transformers gives in fp32, and what the yardstick gives."""
@@ -73,7 +82,7 @@ class Ledger:
     """What the gate has compared so far.
 
     Attributes:
-        precision: of the graph.
+        precision: of activations and cache.
         over_vocabulary: whether logits are of tokens, whose divergence counts in 16 bit. That of a head's few labels
             over a few rows scatters too much for a mean to say anything; their largest |Δ| is compared as all else is.
     """

@@ -59,6 +59,28 @@ def test_an_onnxruntime_bundle_of_few_bits_is_checked_measured_and_runs(
     assert load(bundle.path).generate("t5 t7", max_new_tokens=3).sequences[0].token_ids
 
 
+@pytest.mark.parametrize(
+    ("options", "cases"),
+    [
+        ({"output_hidden_states": True}, {("hidden_states", "padded right")}),
+        ({"position_ids": True}, {("logits", "given positions")}),
+        ({"inputs": "embeds", "output_hidden_states": True}, {("hidden_states", "padded right")}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_graph_hands_out_or_takes_besides_is_checked_on_the_rounded_weights(
+    options: dict[str, Any], cases: set[tuple[str, str]], small_checkpoint: Path, tmp_path: Path, quick: None
+) -> None:
+    blocks = tmp_path / "small.toml"
+    blocks.write_text(SMALL_BLOCKS, encoding="utf-8")
+    bundle = exported(small_checkpoint, tmp_path / "bundle", precision="int4", recipe=str(blocks), **options)
+    assert bundle.manifest.parity is not None
+    assert bundle.manifest.parity.passed
+    rows = {(c.name, c.case): c.limit for c in bundle.manifest.parity.comparisons if c.metric == "max_abs"}
+    assert {rows[case] for case in cases} == {1e-4}  # int4 of the checkpoint's own weights is off by far more
+    assert load(bundle.path).generate("t5 t7", max_new_tokens=3).sequences[0].token_ids
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_16_bit_is_for_onnxruntime_too(precision: str, small_checkpoint: Path, tmp_path: Path, quick: None) -> None:
     bundle = exported(small_checkpoint, tmp_path / "bundle", precision=precision)
@@ -120,6 +142,10 @@ def test_a_passed_limit_leaves_no_bundle(small_checkpoint: Path, tmp_path: Path,
     [
         ({"precision": "int8"}, "an embedding of 64 is not a whole number of blocks of 128"),
         ({"precision": "int4", "cache": False}, "--precision int4 is of text-generation with a cache"),
+        (
+            {"precision": "int4", "target": "tensorrt", "output_hidden_states": True},
+            "--output-hidden-states is not carried by target tensorrt for text generation with a cache",
+        ),
         ({"precision": "int4", "target": "tensorrt"}, "64 input features is not a whole number of blocks of 128"),
         ({"precision": "int8", "target": "tensorrt"}, "TensorRT dequantises int8"),
         ({"precision": "fp32", "max_kl": 0.1}, "--max-kl and --max-perplexity-increase are of text generation below"),
