@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from exporter.checkpoint import Checkpoint
+from exporter.evaluate.rounded import weights_of
 from exporter.evaluate.session import CachedSession, EvaluatedSession, evaluate_graph, evaluate_network
 from exporter.golden_limit import NO_LIMIT, with_kernels_error
 from exporter.reference import Floats as Floats64
-from exporter.reference import Forward, Row
+from exporter.reference import Forward, Reference, Row
 from exporter.verify_rows import NON_FINITE, GateResult, has_extras, non_finite, prompts, refused, run_rows_gate
 from exporter.yardstick import LIMIT, Expected, Ledger, Yardstick, compare
 from runtime.bundle import Bundle
@@ -127,7 +128,8 @@ def run_gate(
         end = _run_end_of_capacity(session, bundle)
     except CheckFailed as refusal:  # the graph is so wrong that the backend does not run it
         return GateResult(refused(evaluated_by, "all", refusal), None)
-    forwards = Yardstick(bundle, checkpoint).forwards([*map(Row, rows.tokens), end.row])
+    reference = Reference(checkpoint, weights=weights_of(bundle))
+    forwards = Yardstick(reference, precision).forwards([*map(Row, rows.tokens), end.row])
     expected, ledger = forwards[:-1], Ledger(precision)
     for step in steps:
         for row, slot in enumerate(step.slots):

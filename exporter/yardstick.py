@@ -10,15 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from exporter.checkpoint import Checkpoint
-from exporter.evaluate.rounded import rounded_weights
 from exporter.reference import Batch, Forward, Reference, Row
-from runtime.bundle import Bundle
-from runtime.manifest import MODEL, Comparison
+from runtime.manifest import Comparison
 
 LIMIT = 1e-4  # of |Δ| in fp32, unless the reference itself is further than a third of it from fp64
 KL_FACTOR = 1.5  # of transformers' mean divergence at that precision
@@ -39,16 +35,11 @@ class Expected:
 
 
 class Yardstick:
-    """Runs rows through transformers in fp32 and at a precision's yardstick, on the weights that a bundle has.
+    """Runs rows through transformers in fp32 and at a precision's yardstick."""
 
-    Matrices that the bundle rounds to few bits are its own: what that costs is measured, not limited here.
-    """
-
-    def __init__(self, bundle: Bundle, checkpoint: Checkpoint) -> None:
-        manifest = bundle.manifest
-        weights = rounded_weights(ir.load(bundle.file(MODEL)).graph) if manifest.quantization else None
-        self._reference = Reference(checkpoint, manifest.task, weights)
-        self._dtype = _YARDSTICKS[manifest.activations]
+    def __init__(self, reference: Reference, precision: str) -> None:
+        self._reference = reference
+        self._dtype = _YARDSTICKS[precision]
 
     def outputs(self, batches: Sequence[Batch]) -> list[tuple[Outputs, Outputs]]:
         """Run batches without a cache: what transformers gives in fp32, and what the yardstick gives."""

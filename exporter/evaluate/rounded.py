@@ -12,8 +12,15 @@ from exporter.evaluate.onnx_graph import read_tensor
 from exporter.evaluate.onnx_quantized import dequantized, from_blocks
 from exporter.rounding import VALUES
 from exporter.weights import role_of
+from runtime.bundle import Bundle
+from runtime.manifest import MODEL
 
 Tensor = torch.Tensor
+
+
+def weights_of(bundle: Bundle) -> dict[str, Callable[[], Tensor]]:
+    """The matrices that a bundle rounds, as `rounded_weights` has them; the others are the checkpoint's."""
+    return rounded_weights(ir.load(bundle.file(MODEL)).graph) if bundle.manifest.quantization else {}
 
 
 def rounded_weights(graph: ir.Graph) -> dict[str, Callable[[], Tensor]]:
