@@ -28,8 +28,8 @@ MINITRON_4B = {
 
 def write_wide_checkpoint(directory: Path) -> Path:
     """Write a checkpoint of the shape MINITRON_4B, tensor by tensor, with the tokenizer of the trained one."""
+    from exporter.parameters import expected_shapes
     from exporter.spec import spec_from_config
-    from exporter.weights import expected_shapes
 
     directory.mkdir(parents=True)
     for path in TINY.iterdir():

@@ -15,22 +15,26 @@ from typing import Any
 import onnx_ir as ir
 
 from exporter import __version__, passes
+from exporter.calibrate import calibrate
+from exporter.calibrated import Calibrated
 from exporter.checkpoint import Checkpoint
 from exporter.companions import check_companions, write_companions, write_genai_config
 from exporter.lowering import Lowered, lower
 from exporter.origin import part_of
+from exporter.parameters import check_tensors, expected_shapes, is_matrix
 from exporter.passes.base import PassReport
-from exporter.plan import ExportOptions, Plan, Windows, make_plan, windows_of
+from exporter.plan import ExportOptions, Plan, Windows, make_plan, sample_of, windows_of
 from exporter.quality import check_limits, logits_of, measure
 from exporter.recipe import Precision
 from exporter.rope import rope_tables
 from exporter.rounding import VALUES
+from exporter.scaling import Scaling
 from exporter.staging import check_destination, staged
 from exporter.tasks import GENERATION, GraphForm
 from exporter.trace import trace
 from exporter.verify import NON_FINITE, gate, session_of
 from exporter.verify_rows import whole_row_logits
-from exporter.weights import check_tensors, expected_shapes, is_matrix, weight_bytes, write_embeddings, write_weights
+from exporter.weights import weight_bytes, write_embeddings, write_weights
 from runtime.bundle import Bundle, describe_files
 from runtime.contract import EMBED_TOKENS
 from runtime.errors import CheckFailed, UserError
@@ -74,8 +78,8 @@ def export(
         checkpoint_path: the checkpoint's directory, or its hub id.
         bundle_path: where the bundle goes (default: `artifacts/<checkpoint>-<target>-<precision>`).
         options: what to export.
-        progress: called with a stage ("trace", "passes", "weights", "verify"), what is done of it and how much
-            there is (bytes for the weights).
+        progress: called with a stage ("trace", "passes", "calibration", "weights", "verify", "quality"), what is done
+            of it and how much there is (bytes for the weights).
 
     Raises:
         UserError: something in the checkpoint, the options or the destination must change.
@@ -91,6 +95,7 @@ def export(
     check_tensors(shapes, checkpoint, task)
     plan.precision.check_layers(filter(is_matrix, shapes))
     windows = windows_of(options, plan, checkpoint)
+    sample = sample_of(options, plan, checkpoint)
     clock = _Clock(progress)
 
     with staged(destination, options.force) as directory:
@@ -100,17 +105,24 @@ def export(
             wanted = passes.Wanted(task.name, form, plan.precision)
             reports = passes.run(passes.pipeline(spec, *rope_tables(spec, plan.max_length), wanted), model)
             lowered = lower(model, options.target, spec.layers)
+        calibrated = Calibrated(Scaling(spec))
+        if sample is not None:
+            with clock.stage("calibration"):
+                calibrated = calibrate(checkpoint, plan.precision, sample, directory, progress)
         with clock.stage("weights"):
             total = weight_bytes(model)
             data = directory / f"{MODEL}.data"
-            write_weights(model, checkpoint, data, lambda done: progress("weights", min(done, total), total))
+            write_weights(
+                model, checkpoint, data, calibrated, lambda done: progress("weights", min(done, total), total)
+            )
+            calibrated.save(directory)
             ir.save(model, directory / MODEL)
             if form.embeds:
                 write_embeddings(checkpoint, directory / EMBED_TOKENS)
             write_companions(checkpoint, directory, task)
             if form == GraphForm() and (task.name, options.target) == (GENERATION, "onnxruntime"):
                 write_genai_config(checkpoint, directory, plan.max_length)
-            manifest = _manifest(directory, checkpoint, plan, model, lowered, reports)
+            manifest = _manifest(directory, checkpoint, plan, calibrated, model, lowered, reports)
             manifest.save(directory)
         if options.verify:
             with clock.stage("verify"):
@@ -133,10 +145,15 @@ def _check_place(destination: Path, checkpoint: Checkpoint, force: bool) -> None
             )
 
 
+def _tell_weights(progress: Progress, total: int, done: int) -> None:
+    progress("weights", min(done, total), total)  # alignment and constants are not counted
+
+
 def _manifest(
     directory: Path,
     checkpoint: Checkpoint,
     plan: Plan,
+    calibrated: Calibrated,
     model: ir.Model,
     lowered: Lowered,
     reports: list[PassReport],
@@ -154,6 +171,7 @@ def _manifest(
         target=plan.target,
         precision=plan.precision.name,
         quantization=_quantization(plan.precision, model),
+        calibration=calibrated.record,
         opset=lowered.opset,
         max_length=plan.max_length,
         graph=_describe_graph(model),

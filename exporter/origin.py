@@ -5,6 +5,7 @@ Passes rewrite origins instead of weights, so no weight is in memory until it is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,12 +31,15 @@ class Origin:
         """The shape that the checkpoint's tensor must have for an initializer of this shape."""
         return shape[::-1] if self.transposed else shape
 
-    def apply(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def apply(
+        self, tensor: torch.Tensor, dtype: torch.dtype, scale: Callable[[str, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         """Turn the stored tensor into the initializer, contiguous, in this dtype.
 
-        The one is added in fp32: in bf16 the sum would lose up to 4e-3 of the norm's weight.
+        The one is added in fp32: in bf16 the sum would lose up to 4e-3 of the norm's weight. Then the parameter is
+        scaled, as `exporter.scaling.Scaling.apply` does.
         """
-        result = tensor.float() + 1.0 if self.plus_one else tensor
+        result = scale(self.tensor, tensor.float() + 1.0 if self.plus_one else tensor)
         return (result.t() if self.transposed else result).to(dtype).contiguous()
 
 

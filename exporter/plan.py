@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
+from exporter.calibrate import Sample
 from exporter.checkpoint import Checkpoint
 from exporter.evaluation_text import default_text, read_tokens, windows
 from exporter.lowering import TARGETS
@@ -33,6 +36,11 @@ class ExportOptions:
         position_ids: the tokens' positions are an input.
         output_hidden_states, output_attentions: what each layer gives is handed out.
         recipe: how matrices are rounded below 16 bit: a preset's name, or a TOML file.
+        calibration: the text that scales, codes and ranges are chosen by (default: `calibration.txt` of the checkpoint,
+            else of the checkpoint that comes with the package).
+        calibration_tokens: how many of its tokens.
+        calibration_seed: chooses which.
+        fp16_safe: keep layers in fp16's range, where activations are in fp16.
         eval_text: what the cost of a precision below fp32 is measured on (default: `heldout.txt` of the checkpoint,
             else of the checkpoint that comes with the package).
         eval_tokens: how many of its tokens.
@@ -54,6 +62,10 @@ class ExportOptions:
     output_hidden_states: bool = False
     output_attentions: bool = False
     recipe: str | None = None
+    calibration: Path | None = None
+    calibration_tokens: int = 16384
+    calibration_seed: int = 0
+    fp16_safe: bool = True
     eval_text: Path | None = None
     eval_tokens: int = 4096
     max_kl: float | None = None
@@ -100,6 +112,7 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
         if value not in known:
             raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}")
     precision = precision_of(options.target, options.precision, read_recipe(options.recipe))
+    precision = replace(precision, fp16_safe=options.fp16_safe)
     if options.cache and task != GENERATION:
         raise UserError(f"a cache is of {GENERATION}; export for {task} without one")
     form = GraphForm(
@@ -137,3 +150,25 @@ def windows_of(options: ExportOptions, plan: Plan, checkpoint: Checkpoint) -> Wi
     path = options.eval_text or default_text("heldout.txt", checkpoint.path)
     tokens = read_tokens(path, checkpoint.path)
     return Windows(path.name, windows(tokens, min(WINDOW, plan.max_length), options.eval_tokens, path))
+
+
+def sample_of(options: ExportOptions, plan: Plan, checkpoint: Checkpoint) -> Sample | None:
+    """What scales, codes and ranges are chosen by; None where nothing is.
+
+    Raises:
+        UserError: the text cannot be read or is shorter than one window, or one is given and nothing to choose.
+    """
+    if not plan.precision.calibrated:
+        if options.calibration is not None:
+            raise UserError(
+                f"--calibration: --precision {plan.precision.name} with recipe {plan.precision.recipe.name} chooses "
+                "nothing by a text; leave it out, or take --recipe aware"
+            )
+        return None
+    path = options.calibration or default_text("calibration.txt", checkpoint.path)
+    tokens = read_tokens(path, checkpoint.path)
+    length = min(WINDOW, plan.max_length)
+    everything = windows(tokens, length, len(tokens), path)
+    order = np.random.default_rng(options.calibration_seed).permutation(len(everything))
+    chosen = order[: max(1, options.calibration_tokens // length)]
+    return Sample(path.name, everything[np.sort(chosen)], options.calibration_seed)

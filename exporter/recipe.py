@@ -5,6 +5,8 @@ A recipe is TOML::
     activations = "fp16"          # of everything that is not a weight matrix; default: the target's
     block = 32                    # weights that share a scale
     symmetric = false             # or with a zero point for each block
+    method = "gptq"               # choose 4-bit codes by a calibration text; default: "nearest"
+    scaling = true                # scale channels by what the calibration text makes of them; default: false
 
     [layers]                      # first match counts; the rest has the precision of the export
     "lm_head" = "int8"
@@ -27,7 +29,8 @@ from runtime.errors import UserError
 
 FLOATS = ("fp32", "fp16", "bf16")
 DEFAULT = "plain"
-_KEYS = {"activations": str, "block": int, "symmetric": bool, "layers": dict}
+METHODS = ("nearest", "gptq")
+_KEYS = {"activations": str, "block": int, "symmetric": bool, "method": str, "scaling": bool, "layers": dict}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Recipe:
 
     Attributes:
         name: of the preset, or of the file.
+        method: how codes are chosen, one of `METHODS`.
+        scaling: whether channels are scaled, by what goes through them, before matrices are rounded.
         layers: pattern of a module's name → precision, in the file's order.
     """
 
@@ -43,6 +48,8 @@ class Recipe:
     activations: str | None = None
     block: int | None = None
     symmetric: bool | None = None
+    method: str = METHODS[0]
+    scaling: bool = False
     layers: tuple[tuple[str, str], ...] = ()
 
 
@@ -57,6 +64,7 @@ class Precision:
         weights: how matrices are rounded; None where they have the activations' dtype.
         others: how the matrices of a pattern are, in the recipe's order.
         embedding: whether the embedding is rounded too.
+        fp16_safe: whether fp16 activations are kept in range.
     """
 
     name: str = "fp32"
@@ -65,6 +73,28 @@ class Precision:
     weights: Rounding | None = None
     others: tuple[tuple[str, Rounding | None], ...] = ()
     embedding: bool = False
+    fp16_safe: bool = True
+
+    @property
+    def scaling(self) -> bool:
+        """Whether channels are scaled by what goes through them."""
+        return self.recipe.scaling
+
+    @property
+    def gptq(self) -> bool:
+        """Whether 4-bit codes are chosen by what they multiply."""
+        return self.recipe.method == "gptq"
+
+    @property
+    def ranged(self) -> bool:
+        """Whether layers are kept in fp16's range."""
+        return self.fp16_safe and self.activations == "fp16"
+
+    @property
+    def calibrated(self) -> tuple[str, ...]:
+        """What a calibration text is needed for."""
+        needs = {"scaling": self.scaling, "gptq": self.gptq, "fp16 range": self.ranged}
+        return tuple(name for name, needed in needs.items() if needed)
 
     @property
     def quantized(self) -> bool:
@@ -166,6 +196,8 @@ def _parsed(name: str, data: dict[str, Any]) -> Recipe:
             raise UserError(f"recipe {name} has {key!r}; known: {', '.join(_KEYS)}")
         if type(value) is not _KEYS[key]:
             raise UserError(f"recipe {name}: {key} should be {_KEYS[key].__name__}, found {value!r}; correct it")
+    if data.get("method", METHODS[0]) not in METHODS:
+        raise UserError(f"recipe {name} has method {data['method']!r}; known: {', '.join(METHODS)}")
     if "block" in data and data["block"] not in BLOCKS:
         raise UserError(f"recipe {name} has blocks of {data['block']}; known: {', '.join(map(str, BLOCKS))}")
     layers = data.pop("layers", {})

@@ -24,6 +24,7 @@ VALUES, SCALES, ZERO_POINTS = "values", "scales", "zero_points"
 BLOCKS = (32, 64, 128)
 FP8_MOST = 448.0  # the largest float8_e4m3fn
 _ROWS = 4096  # rounded at once
+_ZERO = 8.0  # the code of 0 in signed 4 bits
 
 Shape = tuple[int, ...]
 Parts = dict[str, tuple[ir.DataType | None, Shape]]
@@ -47,6 +48,50 @@ class Rounding(Protocol):
 
     def apply(self, matrix: torch.Tensor) -> dict[str, NDArray[Any]]:
         """Round a matrix [out, in] of any float dtype: every part as its bytes are stored, scales in float32."""
+        ...
+
+    def nearest(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The numbers, float32 [out, in], that a float32 matrix is about rounded to: to judge by, not to store."""
+        ...
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a block of each row may be rounded to: (code − zero) · scale, of codes 0 … top.
+
+    Attributes:
+        scale: float32 [out, 1], not 0.
+        zero: the code of 0, whole numbers in float32 [out, 1].
+        top: the largest code.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    top: int
+
+    def codes(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The nearest codes to numbers [out, n], in float32."""
+        return ((numbers / self.scale).round() + self.zero).clamp(0, self.top)
+
+    def numbers(self, codes: torch.Tensor) -> torch.Tensor:
+        """What codes [out, n] stand for."""
+        return (codes - self.zero) * self.scale
+
+
+class BlockRounding(Rounding, Protocol):
+    """A rounding whose blocks of in_features have a grid of their own, so that others may choose the codes."""
+
+    @property
+    def block(self) -> int:
+        """Weights that share a scale."""
+        ...
+
+    def grid(self, block: torch.Tensor) -> Grid:
+        """The grid of a block [out, up to `block`], float32."""
+        ...
+
+    def pack(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> dict[str, NDArray[Any]]:
+        """The parts of codes [out, in], whose blocks have these scales and zeros [out, blocks]."""
         ...
 
 
@@ -108,6 +153,41 @@ class BlockNBits:
                 found[name][rows] = piece
         return {name: found[name] for name in self.parts(tuple(matrix.shape))}
 
+    def grid(self, block: torch.Tensor) -> Grid:
+        """From the least to the most number, 0 between them; symmetric: the larger magnitude is code 0, the lowest."""
+        import torch
+
+        top, middle = (1 << self.bits) - 1, float(1 << self.bits - 1)
+        least, most = block.amin(1, keepdim=True).clamp(max=0), block.amax(1, keepdim=True).clamp(min=0)
+        if self.symmetric:
+            scale = _not_zero(torch.where(-least > most, least, most) / -middle)
+            return Grid(scale, torch.full_like(scale, middle), top)
+        scale = _not_zero((most - least) / top)
+        return Grid(scale, (-least / scale).round().clamp(0, top), top)
+
+    def nearest(self, matrix: torch.Tensor) -> torch.Tensor:
+        """By `grid`."""
+        return _nearest(self, matrix)
+
+    def pack(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> dict[str, NDArray[Any]]:
+        """As `parts` has them, the last block filled up with codes of 0."""
+        import torch
+
+        (out, blocks), width = scales.shape, codes.shape[1]
+        filled = torch.nn.functional.pad(codes, (0, blocks * self.block - width)).to(torch.uint8).numpy()
+        found = {VALUES: self._bytes(filled).reshape(out, blocks, -1), SCALES: scales.numpy()}
+        if not self.symmetric:
+            found[ZERO_POINTS] = self._bytes(zeros.to(torch.uint8).numpy())
+        return found
+
+    def _bytes(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Codes [out, n] in bytes, of 4 bits the lower half first."""
+        if self.bits == 8:
+            return codes
+        even = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
+        packed: NDArray[np.uint8] = even[:, ::2] | even[:, 1::2] << np.uint8(4)
+        return packed
+
 
 @dataclass(frozen=True)
 class BlockInt4:
@@ -131,18 +211,37 @@ class BlockInt4:
         return {VALUES: (ir.DataType.INT4, (width, out)), SCALES: (None, (width // self.block, out))}
 
     def apply(self, matrix: torch.Tensor) -> dict[str, NDArray[Any]]:
-        """Scale is the block's largest magnitude / 7, so that the grid −8 … 7 holds both ends."""
-        out, width = matrix.shape
-        values = np.empty((width, out), np.int8)
-        scales = np.empty((width // self.block, out), np.float32)
+        """Each block by its `grid`."""
+        import torch
+
+        codes = torch.empty(matrix.shape, dtype=torch.uint8)
+        scales = torch.empty(matrix.shape[0], matrix.shape[1] // self.block)
         for rows, part in _slices(matrix):
-            blocks = part.T.reshape(-1, self.block, part.shape[0])
-            most = np.abs(blocks).max(1, keepdims=True)
-            scale = np.where(most == 0, 1.0, most / 7).astype(np.float32)
-            values[:, rows] = np.clip(np.rint(blocks / scale), -8, 7).reshape(width, -1)
-            scales[:, rows] = scale[:, 0]
-        flat = np.append(values.reshape(-1), np.zeros(values.size % 2, np.int8)) & 15
-        return {VALUES: (flat[::2] | flat[1::2] << 4).astype(np.uint8), SCALES: scales}
+            for index, block in enumerate(torch.split(torch.from_numpy(part), self.block, 1)):
+                grid = self.grid(block)
+                codes[rows, index * self.block : (index + 1) * self.block] = grid.codes(block).to(torch.uint8)
+                scales[rows, index] = grid.scale[:, 0]
+        return self.pack(codes, scales, torch.full_like(scales, _ZERO))
+
+    def grid(self, block: torch.Tensor) -> Grid:
+        """Scale is the block's largest magnitude / 7, so that the grid −8 … 7 holds both ends."""
+        import torch
+
+        scale = _not_zero(block.abs().amax(1, keepdim=True) / 7)
+        return Grid(scale, torch.full_like(scale, _ZERO), 15)
+
+    def nearest(self, matrix: torch.Tensor) -> torch.Tensor:
+        """By `grid`."""
+        return _nearest(self, matrix)
+
+    def pack(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> dict[str, NDArray[Any]]:
+        """As `parts` has them: code − zero in 4 bits of two's complement."""
+        import torch
+
+        signed = codes.to(torch.int8) - zeros.to(torch.int8).repeat_interleave(self.block, 1)
+        flat = signed.numpy().T.reshape(-1).view(np.uint8) & 15
+        flat = np.append(flat, np.zeros(flat.size % 2, np.uint8))
+        return {VALUES: flat[::2] | flat[1::2] << 4, SCALES: np.ascontiguousarray(scales.numpy().T)}
 
 
 @dataclass(frozen=True)
@@ -172,6 +271,28 @@ class ChannelFp8:
             values[:, rows] = rounded.view(torch.uint8).numpy()
             scales[rows] = scale
         return {VALUES: values, SCALES: scales}
+
+    def nearest(self, matrix: torch.Tensor) -> torch.Tensor:
+        """By the same scale."""
+        import torch
+
+        scale = _not_zero(matrix.abs().amax(1, keepdim=True) / FP8_MOST)
+        return (matrix / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def _nearest(rounding: BlockRounding, matrix: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    found = []
+    for block in torch.split(matrix, rounding.block, 1):
+        grid = rounding.grid(block)
+        found.append(grid.numbers(grid.codes(block)))
+    return torch.cat(found, 1)
+
+
+def _not_zero(scale: torch.Tensor) -> torch.Tensor:
+    """Scales of blocks of zeros are of no matter, but not 0."""
+    return scale.masked_fill(scale == 0, 1.0)
 
 
 def _slices(matrix: torch.Tensor) -> Iterator[tuple[slice, NDArray[np.float32]]]:

@@ -18,6 +18,7 @@ from exporter.evaluate.session import CachedSession, EvaluatedSession, evaluate_
 from exporter.golden_limit import NO_LIMIT, with_kernels_error
 from exporter.reference import Floats as Floats64
 from exporter.reference import Forward, Reference, Row
+from exporter.scaling import Scaling
 from exporter.verify_rows import NON_FINITE, GateResult, has_extras, non_finite, prompts, refused, run_rows_gate
 from exporter.yardstick import LIMIT, Expected, Ledger, Yardstick, compare
 from runtime.bundle import Bundle
@@ -103,10 +104,7 @@ def gate(
 
 
 def session_of(bundle: Bundle) -> CachedSession:
-    """What the gate runs: ONNX Runtime for fp32; else the evaluation, which rounds as the graph says and no more.
-
-    ONNX Runtime's CPU kernels run 16 bit in fp32, and round activations to 8 bits for weights of few bits.
-    """
+    """What the gate runs: ONNX Runtime for fp32; else the evaluation, which rounds as the graph says and no more."""
     return OrtSession(bundle, slots=1, capacity=1) if bundle.manifest.precision == "fp32" else evaluate_graph(bundle)
 
 
@@ -120,15 +118,16 @@ def run_gate(
     """
     _check_same_shape(bundle, checkpoint)
     precision, total = bundle.manifest.activations, 2 + DECODE_STEPS
+    scaling = Scaling.load(bundle.path, checkpoint.spec)
     evaluated_by = f"{session.backend} {session.version}"
     try:
         steps, rows = _run_rows(
-            session, prompts(bundle), bundle.manifest.max_length, lambda n: progress("verify", n, total)
+            session, prompts(bundle), bundle.manifest.max_length, scaling, lambda n: progress("verify", n, total)
         )
-        end = _run_end_of_capacity(session, bundle)
+        end = _run_end_of_capacity(session, bundle, scaling)
     except CheckFailed as refusal:  # the graph is so wrong that the backend does not run it
         return GateResult(refused(evaluated_by, "all", refusal), None)
-    reference = Reference(checkpoint, weights=weights_of(bundle))
+    reference = Reference(checkpoint, weights=weights_of(bundle, scaling))
     forwards = Yardstick(reference, precision).forwards([*map(Row, rows.tokens), end.row])
     expected, ledger = forwards[:-1], Ledger(precision)
     for step in steps:
@@ -171,7 +170,11 @@ class _Rows:
 
 
 def _run_rows(
-    loaded: CachedSession, prompts: list[list[int]], max_length: int, progress: Callable[[int], None]
+    loaded: CachedSession,
+    prompts: list[list[int]],
+    max_length: int,
+    scaling: Scaling,
+    progress: Callable[[int], None],
 ) -> tuple[list[_Step], _Rows]:
     """Prefill three unequal rows, append a chunk to one of them, then decode all of them greedily."""
     capacity = min(max_length, 4 * max(map(len, prompts)))
@@ -201,9 +204,8 @@ def _run_rows(
         new = [[int(row.argmax())] for row in logits]
         logits = step("decode", new, everyone, 1)[:, -1]
         rows = [row + token for row, token in zip(rows, new, strict=True)]
-    keys, values = (
-        np.stack([session.cache.read(layer)[i] for layer in range(session.cache.layers)], 1) for i in (0, 1)
-    )
+    caches = [_read_cache(session, layer, scaling) for layer in range(session.cache.layers)]
+    keys, values = (np.stack([pair[i] for pair in caches], 1) for i in (0, 1))
     return steps, _Rows(capacity, rows, list(keys), list(values))
 
 
@@ -217,7 +219,7 @@ class _End:
     values: Floats
 
 
-def _run_end_of_capacity(loaded: CachedSession, bundle: Bundle) -> _End:
+def _run_end_of_capacity(loaded: CachedSession, bundle: Bundle, scaling: Scaling) -> _End:
     """Fill all but the last positions of the capacity with random keys and values; then a chunk and a last token."""
     capacity = bundle.manifest.max_length
     count = min(8, max(1, capacity // 2))
@@ -230,7 +232,7 @@ def _run_end_of_capacity(loaded: CachedSession, bundle: Bundle) -> _End:
     seeded = []
     for layer in range(geometry.layers):
         session.cache.write(layer, *(random.standard_normal(shape, np.float32) for _ in range(2)))
-        key, value = (array.astype(np.float32) for array in session.cache.read(layer))  # as the cache rounded them
+        key, value = _read_cache(session, layer, scaling)  # as the cache rounded them
         seeded.append((key[0, :, :past], value[0, :, :past]))
 
     logits = []
@@ -238,9 +240,16 @@ def _run_end_of_capacity(loaded: CachedSession, bundle: Bundle) -> _End:
         if len(chunk):
             length = np.array([len(chunk)])
             logits.append(session.step(chunk[None], length, np.array([start]), keep=len(chunk))[0])
-    caches = [session.cache.read(layer) for layer in range(geometry.layers)]
+    caches = [_read_cache(session, layer, scaling) for layer in range(geometry.layers)]
     keys, values = (np.stack([pair[i][0, :, past:] for pair in caches]) for i in (0, 1))
     return _End(Row(tokens.tolist(), seeded), np.concatenate(logits), keys, values)
+
+
+def _read_cache(session: CachedSession, layer: int, scaling: Scaling) -> tuple[Floats, Floats]:
+    """A layer's keys and values as the checkpoint's model has them, float32 [slots, kv_heads, capacity, head_dim]."""
+    key, value = (array.astype(np.float32) for array in session.cache.read(layer))
+    factor = scaling.of_values(layer)
+    return key, value if factor is None else value * factor.numpy()
 
 
 def _compare_greedy(steps: Sequence[_Step], expected: Sequence[Expected], precision: str) -> list[Comparison]:

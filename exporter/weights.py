@@ -12,98 +12,16 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from exporter.calibrated import Calibrated
 from exporter.checkpoint import Checkpoint
 from exporter.origin import Origin, Part, is_weight, origin_of, part_of
+from exporter.parameters import EMBEDDING, weight_source
 from exporter.rounding import SCALES
-from exporter.spec import NemotronSpec
-from exporter.tasks import ARCHITECTURES, Task
+from exporter.scaling import Scaling
 from runtime.errors import UserError
 
 ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
 INLINE_BYTES = 1024  # constants up to this size stay in model.onnx
-
-_BUFFERS = ("rotary_emb.inv_freq",)  # older checkpoints store what the configuration implies
-BASE = "model."  # what names of the base model's weights begin with here
-EMBEDDING, HEAD = f"{BASE}embed_tokens.weight", "lm_head.weight"
-LAYERS = f"{BASE}layers."
-# What they begin with in checkpoints: of a model with a head, of question answering, of the base model itself.
-_PREFIXES = (BASE, "transformer.", "")
-
-
-def weight_source(name: str, checkpoint: Checkpoint) -> str:
-    """The checkpoint's tensor that holds a weight.
-
-    The base model's prefix is that of the class which was saved; a tied head and embedding are stored once, under
-    either name.
-    """
-    stored = _stored_as(name, checkpoint)
-    if checkpoint.spec.tied and name in (EMBEDDING, HEAD) and stored not in checkpoint.tensors:
-        return _stored_as(HEAD if name == EMBEDDING else EMBEDDING, checkpoint)
-    return stored
-
-
-def role_of(tensor: str, *, lookup: bool) -> str:
-    """The name of a matrix by what is done with it: tied, the embedding and the head are stored under either name."""
-    if tensor not in {EMBEDDING, HEAD}:
-        return tensor
-    return EMBEDDING if lookup else HEAD
-
-
-def is_matrix(tensor: str) -> bool:
-    """Whether a weight is a matrix that can be rounded: of the embedding, the vocabulary's head or a layer."""
-    return tensor in {EMBEDDING, HEAD} or (tensor.startswith(LAYERS) and tensor.endswith("_proj.weight"))
-
-
-def check_tensors(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint, task: Task) -> None:
-    """Check that the checkpoint has every weight in its shape and no other, before any work is done.
-
-    Args:
-        shapes: of every weight of the task's model, by `expected_shapes`.
-        checkpoint: what is exported; the weights of its own head may be left over where the task has another.
-        task: what it is exported for.
-
-    Raises:
-        UserError: a tensor is missing, has another shape, or has no place in the model of this configuration.
-    """
-    own = ARCHITECTURES[checkpoint.spec.architecture]
-    for name, shape in shapes.items():
-        source = weight_source(name, checkpoint)
-        if source not in checkpoint.tensors and own is not task and name.startswith(f"{task.head}."):
-            raise UserError(
-                f"{checkpoint.path} has no {name}, the head of {task.name}: it was saved from {own.architecture}; "
-                f"export it with --task {own.name}, or give a checkpoint of {task.architecture}"
-            )
-        checkpoint.require(source, shape)
-    placed = {weight_source(name, checkpoint) for name in shapes}
-    if checkpoint.spec.tied:
-        placed |= {_stored_as(EMBEDDING, checkpoint), HEAD}
-    left_over = f"{own.head}." if own.head is not None and own is not task else None
-    homeless = sorted(
-        name
-        for name in checkpoint.tensors
-        if name not in placed and not name.endswith(_BUFFERS) and not (left_over and name.startswith(left_over))
-    )
-    if homeless:
-        raise UserError(
-            f"{checkpoint.tensors[homeless[0]].file}: {len(homeless)} tensors have no place in the model that "
-            f"config.json describes, {homeless[0]} among them; config.json and weights are not of one model"
-        )
-
-
-def expected_shapes(spec: NemotronSpec, task: Task) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of every weight of the task's model of this spec, by transformers' own module."""
-    from exporter.trace import meta_module
-
-    return {name: tuple(parameter.shape) for name, parameter in meta_module(spec, task).named_parameters()}
-
-
-def _stored_as(name: str, checkpoint: Checkpoint) -> str:
-    if not name.startswith(BASE):
-        return name
-    inner = name.removeprefix(BASE)
-    anchor = "norm.bias"  # in every checkpoint, under one prefix
-    prefix = next((known for known in _PREFIXES if f"{known}{anchor}" in checkpoint.tensors), BASE)
-    return f"{prefix}{inner}"
 
 
 def write_embeddings(checkpoint: Checkpoint, path: Path) -> None:
@@ -120,7 +38,11 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 def write_weights(
-    model: ir.Model, checkpoint: Checkpoint, path: Path, progress: Callable[[int], None] = lambda _: None
+    model: ir.Model,
+    checkpoint: Checkpoint,
+    path: Path,
+    calibrated: Calibrated | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Write every weight and large constant of the graph to `path` and let the graph refer to it.
 
@@ -131,12 +53,13 @@ def write_weights(
         model: the lowered graph; its initializers are given external tensors.
         checkpoint: where the weights come from.
         path: the data file, beside which model.onnx will stand.
+        calibrated: factors that weights have, and matrices that are rounded already.
         progress: called with the bytes written after each tensor.
 
     Raises:
         UserError: a tensor is missing, misshapen, unreadable or not finite.
     """
-    reader = _Reader(checkpoint)
+    reader = _Reader(checkpoint, calibrated or Calibrated(Scaling(checkpoint.spec)))
     with path.open("wb") as file:
         for value in model.graph.initializers.values():
             assert value.name is not None
@@ -152,8 +75,8 @@ def write_weights(
 class _Reader:
     """Reads what initializers hold; of the matrix that was rounded last, all parts are kept."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, calibrated: Calibrated) -> None:
+        self._checkpoint, self._calibrated = checkpoint, calibrated
         self._rounded: tuple[Part, dict[str, NDArray[Any]]] | None = None
 
     def content(self, value: ir.Value) -> memoryview:
@@ -173,20 +96,24 @@ class _Reader:
         import torch
 
         dtype: torch.dtype = getattr(torch, value.dtype.name.lower())
-        tensor = origin.apply(self._checkpoint.read(source), dtype)
+        tensor = origin.apply(self._checkpoint.read(source), dtype, self._calibrated.scaling.apply)
         self._check(bool(torch.isfinite(tensor).all()), source, value.dtype)
         return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
     def _part(self, value: ir.Value, part: Part) -> memoryview:
         assert value.dtype is not None
         if self._rounded is None or replace(self._rounded[0], name=part.name) != part:
-            source = weight_source(part.matrix.tensor, self._checkpoint)
-            self._rounded = part, part.rounding.apply(self._checkpoint.read(source))
+            self._rounded = part, self._calibrated.parts(part.matrix.tensor) or self._round(part)
         array = self._rounded[1][part.name]
         if part.name == SCALES:
             array = array.astype(value.dtype.numpy())
             self._check(bool(np.isfinite(array.astype(np.float32)).all()), part.matrix.tensor, value.dtype)
         return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    def _round(self, part: Part) -> dict[str, NDArray[Any]]:
+        name = part.matrix.tensor
+        matrix = self._checkpoint.read(weight_source(name, self._checkpoint))
+        return part.rounding.apply(self._calibrated.scaling.apply(name, matrix))
 
     def _source(self, origin: Origin, shape: tuple[int, ...]) -> str:
         source = weight_source(origin.tensor, self._checkpoint)

@@ -76,6 +76,34 @@ class Quantization(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerRange(Record):
+    """The largest magnitude in a layer before and after its weights were scaled, and where it is after."""
+
+    before: float
+    after: float
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration(Record):
+    """What weights, scales or ranges were chosen by.
+
+    Attributes:
+        text: the calibration text's file name.
+        tokens: of the text that were run.
+        seed: that chose which.
+        methods: what was done with it: "scaling", "gptq", "fp16 range", ….
+        ranges: of every layer, where it was kept in fp16's range.
+    """
+
+    text: str
+    tokens: int
+    seed: int
+    methods: tuple[str, ...]
+    ranges: tuple[LayerRange, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison(Record):
     """A measured difference and its limit; `value` None is one that is not finite, and never passes."""
 
@@ -188,6 +216,7 @@ class Manifest(Record):
     target: str
     precision: str
     quantization: Quantization | None = None
+    calibration: Calibration | None = None
     opset: int
     max_length: int
     graph: Graph

@@ -10,21 +10,25 @@ import torch
 
 from exporter.evaluate.onnx_graph import read_tensor
 from exporter.evaluate.onnx_quantized import dequantized, from_blocks
+from exporter.parameters import role_of
 from exporter.rounding import VALUES
-from exporter.weights import role_of
+from exporter.scaling import Scaling
 from runtime.bundle import Bundle
 from runtime.manifest import MODEL
 
 Tensor = torch.Tensor
 
 
-def weights_of(bundle: Bundle) -> dict[str, Callable[[], Tensor]]:
+def weights_of(bundle: Bundle, scaling: Scaling) -> dict[str, Callable[[], Tensor]]:
     """The matrices that a bundle rounds, as `rounded_weights` has them; the others are the checkpoint's."""
-    return rounded_weights(ir.load(bundle.file(MODEL)).graph) if bundle.manifest.quantization else {}
+    return rounded_weights(ir.load(bundle.file(MODEL)).graph, scaling) if bundle.manifest.quantization else {}
 
 
-def rounded_weights(graph: ir.Graph) -> dict[str, Callable[[], Tensor]]:
-    """Readers of every rounded matrix, float32 [out_features, in_features], by the parameter it stands for."""
+def rounded_weights(graph: ir.Graph, scaling: Scaling) -> dict[str, Callable[[], Tensor]]:
+    """Readers of every rounded matrix, float32 [out_features, in_features], by the parameter it stands for.
+
+    Its factors are taken out of it: it reads and makes the channels of the checkpoint.
+    """
     found: dict[str, Callable[[], Tensor]] = {}
     for node in graph:
         if node.op_type in _MATRICES:
@@ -33,8 +37,12 @@ def rounded_weights(graph: ir.Graph) -> dict[str, Callable[[], Tensor]]:
             assert values.name is not None
             name = values.name.removesuffix(f".{VALUES}").removesuffix(".transposed")
             role = role_of(name, lookup=node.op_type == "GatherBlockQuantized")
-            found[role] = partial(_MATRICES[node.op_type], node)
+            found[role] = partial(_unscaled, role, node, scaling)
     return found
+
+
+def _unscaled(role: str, node: ir.Node, scaling: Scaling) -> Tensor:
+    return scaling.undo(role, _MATRICES[node.op_type](node))
 
 
 def _read(value: ir.Value | None) -> Tensor:

@@ -7,10 +7,10 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from exporter.origin import derive_parts, is_weight, origin_of
+from exporter.parameters import is_matrix, role_of
 from exporter.passes.base import GraphPass
 from exporter.recipe import Precision
 from exporter.rounding import SCALES, VALUES, ZERO_POINTS, BlockInt4, BlockNBits, Rounding
-from exporter.weights import is_matrix, role_of
 from plugins.onnxruntime import CONTRIB_DOMAIN
 from runtime.errors import UserError
 

@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import write_checkpoint
 
 from exporter.checkpoint import Checkpoint
-from exporter.evaluate.rounded import rounded_weights
+from exporter.evaluate.rounded import weights_of
 from exporter.export import ExportOptions, export
+from exporter.scaling import Scaling
 from exporter.verify import gate
 from runtime import load
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden, selftest
-from runtime.manifest import GOLDEN, MODEL
+from runtime.manifest import GOLDEN
 
 SMALL_BLOCKS = "block = 32\n"
 
@@ -51,7 +51,7 @@ def test_an_onnxruntime_bundle_of_few_bits_is_checked_measured_and_runs(
     assert manifest.quality is not None
     assert 0 < manifest.quality.kl_mean < most
     original = Checkpoint.open(small_checkpoint)
-    for name, read in rounded_weights(ir.load(bundle.file(MODEL)).graph).items():
+    for name, read in weights_of(bundle, Scaling(original.spec)).items():
         weight = original.read(name)
         assert torch.corrcoef(torch.stack([read().flatten(), weight.flatten()]))[0, 1] > 0.99
     assert selftest(bundle.path).passed

@@ -23,8 +23,9 @@ from transformers import NemotronConfig, NemotronForCausalLM
 
 from exporter.checkpoint import Checkpoint
 from exporter.origin import derive
+from exporter.parameters import check_tensors, expected_shapes, weight_source
 from exporter.tasks import TASKS
-from exporter.weights import check_tensors, expected_shapes, weight_bytes, weight_source, write_weights
+from exporter.weights import weight_bytes, write_weights
 from runtime.errors import UserError
 
 NORM, PROJECTION, EMBEDDING = "model.norm.weight", "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"

@@ -60,7 +60,7 @@ def test_a_second_run_changes_nothing(traced: Any) -> None:
 
 
 def test_the_graph_names_every_weight_of_the_checkpoint_once(traced: Any) -> None:
-    from exporter.weights import expected_shapes
+    from exporter.parameters import expected_shapes
 
     spec, model, _ = optimized(traced)
     origins = [origin_of(value) for value in model.graph.initializers.values() if is_weight(value)]

@@ -1,0 +1,45 @@
+"""What a calibration text has decided about a model's weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.scaling import Scaling
+from runtime import manifest
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was decided.
+
+    Attributes:
+        scaling: the model's factors.
+        rounded: files of the parts of matrices that were rounded, by their names, all in one directory.
+        record: for the manifest; None where there was nothing to decide.
+    """
+
+    scaling: Scaling
+    rounded: Mapping[str, Path] = field(default_factory=dict)
+    record: manifest.Calibration | None = None
+
+    def parts(self, tensor: str) -> dict[str, NDArray[Any]] | None:
+        """The parts of a matrix, as `Rounding.apply` gives them; None where it was not rounded."""
+        path = self.rounded.get(tensor)
+        if path is None:
+            return None
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+
+    def save(self, directory: Path) -> None:
+        """Once weights are written: leave the factors in the bundle's directory, and remove the rounded matrices."""
+        if self.scaling.factors:
+            self.scaling.save(directory)
+        for place in {path.parent for path in self.rounded.values()}:
+            shutil.rmtree(place)
