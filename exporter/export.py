@@ -108,7 +108,9 @@ def export(
         calibrated = Calibrated(Scaling(spec))
         if sample is not None:
             with clock.stage("calibration"):
-                calibrated = calibrate(checkpoint, plan.precision, sample, directory, progress)
+                calibrated = calibrate(
+                    checkpoint, plan.precision, sample, directory, progress, norm_handed_out=form.hidden_states
+                )
         with clock.stage("weights"):
             total = weight_bytes(model)
             data = directory / f"{MODEL}.data"

@@ -81,6 +81,19 @@ def test_what_a_graph_hands_out_or_takes_besides_is_checked_on_the_rounded_weigh
     assert load(bundle.path).generate("t5 t7", max_new_tokens=3).sequences[0].token_ids
 
 
+def test_factors_leave_what_is_handed_out_as_it_is(small_checkpoint: Path, tmp_path: Path, quick: None) -> None:
+    """Those of the head would divide the last norm's output, which is the last of the hidden states."""
+    recipe = tmp_path / "scaled.toml"
+    recipe.write_text(f"{SMALL_BLOCKS}scaling = true\n", encoding="utf-8")
+    options = {"precision": "int4", "recipe": str(recipe), "output_hidden_states": True}
+    bundle = exported(small_checkpoint, tmp_path / "bundle", **options)
+    factors = Scaling.load(bundle.path, Checkpoint.open(small_checkpoint).spec).factors
+    assert len(factors) == 8
+    assert all(name.startswith("model.layers.") for name in factors)
+    assert bundle.manifest.parity is not None
+    assert bundle.manifest.parity.passed
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_16_bit_is_for_onnxruntime_too(precision: str, small_checkpoint: Path, tmp_path: Path, quick: None) -> None:
     bundle = exported(small_checkpoint, tmp_path / "bundle", precision=precision)
