@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from exporter.scaling import Scaling
 from runtime import manifest
+from runtime.cache_scales import CacheScales
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Calibrated:
     Attributes:
         scaling: the model's factors.
         rounded: files of the parts of matrices that were rounded, by their names, all in one directory.
+        cache_scales: of a rounded cache; None where it is as activations are.
         record: for the manifest; None where there was nothing to decide.
     """
 
     scaling: Scaling
     rounded: Mapping[str, Path] = field(default_factory=dict)
+    cache_scales: CacheScales | None = None
     record: manifest.Calibration | None = None
 
     def parts(self, tensor: str) -> dict[str, NDArray[Any]] | None:
@@ -38,8 +41,10 @@ class Calibrated:
             return dict(file)
 
     def save(self, directory: Path) -> None:
-        """Once weights are written: leave the factors in the bundle's directory, and remove the rounded matrices."""
+        """Once weights are written: leave factors and scales in the bundle, and remove the rounded matrices."""
         if self.scaling.factors:
             self.scaling.save(directory)
+        if self.cache_scales is not None:  # the graph has them too: these are what the gate checks its by
+            self.cache_scales.save(directory / manifest.KV_SCALES)
         for place in {path.parent for path in self.rounded.values()}:
             shutil.rmtree(place)

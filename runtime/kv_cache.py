@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
 Array = NDArray[Any]
-_DTYPES = {"float32": np.float32, "float16": np.float16}
+_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 
 
 class KVCache:
@@ -71,7 +71,7 @@ class KVCache:
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The dtype of a graph's floating point tensor.
+    """The dtype of a graph's tensor: floating point, or a rounded cache's.
 
     Raises:
         UserError: numpy, and ONNX Runtime's CPU kernels, have none of that name (bfloat16).

@@ -20,6 +20,7 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GOLDEN = "golden.npz"
+KV_SCALES = "kv_scales.npz"  # of a rounded cache
 ENGINES = "engines"  # a directory
 PLAN = "model.plan"  # in a directory of its own under that
 
@@ -92,7 +93,7 @@ class Calibration(Record):
         text: the calibration text's file name.
         tokens: of the text that were run.
         seed: that chose which.
-        methods: what was done with it: "scaling", "gptq", "fp16 range", ….
+        methods: what was done with it: "scaling", "gptq", "fp16 range", "kv cache".
         ranges: of every layer, where it was kept in fp16's range.
     """
 
@@ -216,6 +217,7 @@ class Manifest(Record):
     target: str
     precision: str
     quantization: Quantization | None = None
+    kv_cache: str | None = None
     calibration: Calibration | None = None
     opset: int
     max_length: int

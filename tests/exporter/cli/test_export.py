@@ -82,17 +82,22 @@ def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
         "task": None,
         "target": "onnxruntime",
         "precision": "fp32",
-        "recipe": None,
-        "eval_text": None,
-        "eval_tokens": 4096,
-        "max_kl": None,
-        "max_perplexity_increase": None,
         "max_length": None,
         "cache": None,
         "inputs": "ids",
         "position_ids": False,
         "output_hidden_states": False,
         "output_attentions": False,
+        "recipe": None,
+        "kv_cache": None,
+        "calibration": None,
+        "calibration_tokens": 16384,
+        "calibration_seed": 0,
+        "fp16_safe": True,
+        "eval_text": None,
+        "eval_tokens": 4096,
+        "max_kl": None,
+        "max_perplexity_increase": None,
         "verify": True,
         "force": False,
         "adapter": None,
@@ -103,25 +108,34 @@ def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
 def test_every_flag_arrives(cli, exporter, tmp_path):
     flags = "--task text-generation --target tensorrt --precision int4 --max-length 64 --no-verify --force"
     more = "--no-cache --inputs embeds --position-ids --output-hidden-states --output-attentions"
-    cost = "--recipe fine --eval-text text.txt --eval-tokens 512 --max-kl 0.1 --max-perplexity-increase 2"
-    cli("export", tmp_path, tmp_path / "out", *f"{flags} {more} {cost}".split(), "--adapter", tmp_path)
+    rounding = (
+        "--recipe fine --kv-cache int8 --calibration c.txt --calibration-tokens 512 --calibration-seed 3 --no-fp16-safe"
+    )
+    measured = "--eval-text e.txt --eval-tokens 256 --max-kl 0.1 --max-perplexity-increase 2"
+    every = " ".join((flags, more, rounding, measured)).split()
+    cli("export", tmp_path, tmp_path / "out", *every, "--adapter", tmp_path)
     _, bundle, options = exporter.asked[0]
     assert bundle == tmp_path / "out"
     assert options == {
         "task": "text-generation",
         "target": "tensorrt",
         "precision": "int4",
-        "recipe": "fine",
-        "eval_text": Path("text.txt"),
-        "eval_tokens": 512,
-        "max_kl": 0.1,
-        "max_perplexity_increase": 2,
         "max_length": 64,
         "cache": False,
         "inputs": "embeds",
         "position_ids": True,
         "output_hidden_states": True,
         "output_attentions": True,
+        "recipe": "fine",
+        "kv_cache": "int8",
+        "calibration": Path("c.txt"),
+        "calibration_tokens": 512,
+        "calibration_seed": 3,
+        "fp16_safe": False,
+        "eval_text": Path("e.txt"),
+        "eval_tokens": 256,
+        "max_kl": 0.1,
+        "max_perplexity_increase": 2,
         "verify": False,
         "force": True,
         "adapter": tmp_path,
@@ -216,5 +230,41 @@ def test_the_choices_are_what_the_exporter_and_the_runtime_know():
     assert tuple(tasks.TASKS) == command.TASKS
     assert plan.INPUTS == command.INPUTS
     assert tuple(lowering.TARGETS) == tuple(recipe.FORMS) == command.TARGETS
-    assert {name for known in recipe.FORMS.values() for name in known} == set(command.PRECISIONS)
+    assert {name for target in lowering.TARGETS.values() for name in target.kv_caches} == set(command.KV_CACHES)
+    assert {name for forms in recipe.FORMS.values() for name in forms} == set(command.PRECISIONS)
     assert (session.BACKENDS, session.DEVICES) == (_options.BACKENDS, _options.DEVICES)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty; give a UTF-8 text file"),
+        (b"\xff\xfe\x00", "is not UTF-8 text (byte 0)"),
+        (b"Too short.", "less than one window of 256; give a longer text"),
+        (None, "is missing; give a UTF-8 text file"),
+    ],
+    ids=["empty", "binary", "short", "missing"],
+)
+def test_a_text_that_calibrates_nothing_is_one_line_and_leaves_nothing(
+    content, reason, cli, tiny_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("exporter.export.trace", None)  # what would take seconds is not begun
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    options = ("--kv-cache", "int8", "--calibration", text)
+    outcome = cli("export", tiny_checkpoint, tmp_path / "bundle", *options)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"error: {text} ")
+    assert reason in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_calibration_of_nothing_is_refused(cli, tiny_checkpoint, tmp_path):
+    outcome = cli("export", tiny_checkpoint, tmp_path / "bundle", "--calibration", "text.txt")
+    assert outcome.code == 2
+    assert outcome.err == (
+        "error: --calibration: --precision fp32 with recipe plain chooses nothing by a text; leave it out, or take "
+        "--recipe aware or --kv-cache int8\n"
+    )
