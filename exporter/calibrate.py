@@ -57,7 +57,13 @@ class Sample:
 
 
 def calibrate(
-    checkpoint: Checkpoint, precision: Precision, sample: Sample, scratch: Path, progress: Progress = lambda *_: None
+    checkpoint: Checkpoint,
+    precision: Precision,
+    sample: Sample,
+    scratch: Path,
+    progress: Progress = lambda *_: None,
+    *,
+    norm_handed_out: bool = False,
 ) -> Calibrated:
     """Run the calibration text and decide what the precision asks for.
 
@@ -67,16 +73,20 @@ def calibrate(
         sample: the text.
         scratch: where a directory for rounded matrices is made.
         progress: called with "calibration", the layers done and their number.
+        norm_handed_out: the graph gives what the last norm gives: it is not divided by factors of the head.
 
     Raises:
         UserError: a layer leaves the range of fp16 where no factor helps.
         CheckFailed: the checkpoint is not finite in fp32 on the text.
     """
-    return _Run(checkpoint, precision, sample, scratch).all(progress)
+    return _Run(checkpoint, precision, sample, scratch, norm_handed_out).all(progress)
 
 
 class _Run:
-    def __init__(self, checkpoint: Checkpoint, precision: Precision, sample: Sample, scratch: Path) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, precision: Precision, sample: Sample, scratch: Path, norm_handed_out: bool
+    ) -> None:
+        self._norm_handed_out = norm_handed_out
         self._checkpoint, self._precision, self._scratch = checkpoint, precision, scratch / ROUNDED
         self._sample, self._calibration = sample, Calibration(checkpoint, sample.tokens)
         self._factors: dict[str, Tensor] = {}
@@ -163,7 +173,7 @@ class _Run:
         exact = self._calibration.head_input(self._calibration.hidden)
         weight = self._checkpoint.read(weight_source(HEAD, self._checkpoint)).float()
         rounded = self._roundings({HEAD.removesuffix(".weight"): weight}, "")
-        if self._precision.scaling and rounded:
+        if self._precision.scaling and rounded and not self._norm_handed_out:
             self._factors[HEAD.removesuffix(".weight")] = search(rounded, exact)
         if self._stream is not None:
             self._round({HEAD: weight}, exact, self._calibration.head_input(self._stream.hidden))

@@ -104,7 +104,9 @@ def export(
         calibrated = Calibrated(Scaling(spec))
         if sample is not None:
             with clock.stage("calibration"):
-                calibrated = calibrate(checkpoint, plan.precision, sample, directory, progress)
+                calibrated = calibrate(
+                    checkpoint, plan.precision, sample, directory, progress, norm_handed_out=form.hidden_states
+                )
         with clock.stage("passes"):
             wanted = passes.Wanted(task.name, form, plan.precision)
             reports = passes.run(passes.pipeline(spec, *rope_tables(spec, plan.max_length), wanted), model)

@@ -11,10 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
 from exporter.checkpoint import Checkpoint
-from exporter.evaluate.rounded import rounded_weights
+from exporter.evaluate.rounded import weights_of
 from exporter.evaluate.session import CachedSession, EvaluatedSession, evaluate_graph, evaluate_network
 from exporter.golden_limit import NO_LIMIT, with_kernels_error, with_ties_turned
 from exporter.reference import Floats as Floats64
@@ -27,7 +26,7 @@ from exporter.yardstick import LIMIT, Expected, Ledger, Yardstick, compare
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden, GoldenStep
-from runtime.manifest import MODEL, Comparison, Parity
+from runtime.manifest import Comparison, Parity
 from runtime.ort_session import OrtSession
 from runtime.session import Ints
 
@@ -86,7 +85,7 @@ def gate(
 
 
 def session_of(bundle: Bundle) -> CachedSession:
-    """What the gate runs: ONNX Runtime for fp32, the evaluation for 16 bit, which its CPU kernels run in fp32."""
+    """What the gate runs: ONNX Runtime for fp32; else the evaluation, which rounds as the graph says and no more."""
     return OrtSession(bundle, slots=1, capacity=1) if bundle.manifest.precision == "fp32" else evaluate_graph(bundle)
 
 
@@ -110,8 +109,7 @@ def run_gate(
         end = run_end_of_capacity(session, bundle, view)
     except CheckFailed as refusal:  # the graph is so wrong that the backend does not run it
         return GateResult(refused(evaluated_by, "all", refusal), None)
-    weights = rounded_weights(ir.load(bundle.file(MODEL)).graph, scaling) if bundle.manifest.quantization else None
-    reference = Reference(checkpoint, weights=weights, scales=view.scales)
+    reference = Reference(checkpoint, weights=weights_of(bundle, scaling), scales=view.scales)
     ties = view.scales is not None and precision == "fp32"  # in 16 bit the yardstick shows what they cost
     asked = [*(rows.as_cached() if ties else map(Row, rows.tokens)), end.as_cached() if ties else end.row]
     forwards = Yardstick(reference, precision).forwards(asked)

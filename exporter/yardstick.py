@@ -73,7 +73,7 @@ class Ledger:
     """What the gate has compared so far.
 
     Attributes:
-        precision: of the graph.
+        precision: of activations and cache.
         over_vocabulary: whether logits are of tokens, whose divergence counts in 16 bit. That of a head's few labels
             over a few rows scatters too much for a mean to say anything; their largest |Δ| is compared as all else is.
     """

@@ -78,7 +78,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     """
     if name not in _DTYPES:
         raise UserError(
-            f"{name} does not run on ONNX Runtime; build a TensorRT engine, or export with --precision fp16 or fp32"
+            f"{name} does not run on ONNX Runtime; build a TensorRT engine, or export with --precision fp16 or fp32 "
+            "(or a --recipe with such activations)"
         )
     return np.dtype(_DTYPES[name])
 

@@ -234,6 +234,11 @@ class Manifest(Record):
         """The precision of activations and cache: "fp32", "fp16" or "bf16"."""
         return self.precision if self.quantization is None else self.quantization.activations
 
+    @property
+    def precisions(self) -> frozenset[str]:
+        """Every precision that a tensor of the graph has: of activations and cache, and of rounded weights."""
+        return frozenset((self.activations, *(self.quantization.matrices if self.quantization else ())))
+
     @classmethod
     def load(cls, directory: Path) -> Self:
         """Read the manifest of a bundle's directory.

@@ -91,7 +91,9 @@ def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
         "recipe": None,
         "kv_cache": None,
         "calibration": None,
-        "calibration_tokens": 4096,
+        "calibration_tokens": 16384,
+        "calibration_seed": 0,
+        "fp16_safe": True,
         "eval_text": None,
         "eval_tokens": 4096,
         "max_kl": None,
@@ -104,9 +106,11 @@ def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
 
 
 def test_every_flag_arrives(cli, exporter, tmp_path):
-    flags = "--task text-generation --target onnxruntime --precision fp32 --max-length 64 --no-verify --force"
+    flags = "--task text-generation --target tensorrt --precision int4 --max-length 64 --no-verify --force"
     more = "--no-cache --inputs embeds --position-ids --output-hidden-states --output-attentions"
-    rounding = "--recipe fine --kv-cache int8 --calibration c.txt --calibration-tokens 512"
+    rounding = (
+        "--recipe fine --kv-cache int8 --calibration c.txt --calibration-tokens 512 --calibration-seed 3 --no-fp16-safe"
+    )
     measured = "--eval-text e.txt --eval-tokens 256 --max-kl 0.1 --max-perplexity-increase 2"
     every = " ".join((flags, more, rounding, measured)).split()
     cli("export", tmp_path, tmp_path / "out", *every, "--adapter", tmp_path)
@@ -114,8 +118,8 @@ def test_every_flag_arrives(cli, exporter, tmp_path):
     assert bundle == tmp_path / "out"
     assert options == {
         "task": "text-generation",
-        "target": "onnxruntime",
-        "precision": "fp32",
+        "target": "tensorrt",
+        "precision": "int4",
         "max_length": 64,
         "cache": False,
         "inputs": "embeds",
@@ -126,6 +130,8 @@ def test_every_flag_arrives(cli, exporter, tmp_path):
         "kv_cache": "int8",
         "calibration": Path("c.txt"),
         "calibration_tokens": 512,
+        "calibration_seed": 3,
+        "fp16_safe": False,
         "eval_text": Path("e.txt"),
         "eval_tokens": 256,
         "max_kl": 0.1,
@@ -223,7 +229,7 @@ def test_the_choices_are_what_the_exporter_and_the_runtime_know():
 
     assert tuple(tasks.TASKS) == command.TASKS
     assert plan.INPUTS == command.INPUTS
-    assert tuple(lowering.TARGETS) == command.TARGETS
+    assert tuple(lowering.TARGETS) == tuple(recipe.FORMS) == command.TARGETS
     assert {name for target in lowering.TARGETS.values() for name in target.kv_caches} == set(command.KV_CACHES)
     assert {name for forms in recipe.FORMS.values() for name in forms} == set(command.PRECISIONS)
     assert (session.BACKENDS, session.DEVICES) == (_options.BACKENDS, _options.DEVICES)
@@ -259,5 +265,6 @@ def test_a_calibration_of_nothing_is_refused(cli, tiny_checkpoint, tmp_path):
     outcome = cli("export", tiny_checkpoint, tmp_path / "bundle", "--calibration", "text.txt")
     assert outcome.code == 2
     assert outcome.err == (
-        "error: --calibration text.txt is of --kv-cache int8, nothing else is calibrated; leave it out\n"
+        "error: --calibration: --precision fp32 with recipe plain chooses nothing by a text; leave it out, or take "
+        "--recipe aware or --kv-cache int8\n"
     )
