@@ -28,7 +28,7 @@ from exporter.rounding import BlockRounding, Rounding
 from exporter.scale_search import search
 from exporter.scaling import CONTEXT, DOWN, QKV, UP, Scaling, per_query_head
 from exporter.spec import NemotronSpec
-from runtime import manifest
+from runtime import measured
 from runtime.cache_scales import CacheScales
 from runtime.session import Ints
 
@@ -97,7 +97,7 @@ class _Run:
     def all(self, progress: Progress) -> Calibrated:
         """Every layer, then the head."""
         total = self._checkpoint.spec.layers
-        ranges: list[manifest.LayerRange] = []
+        ranges: list[measured.LayerRange] = []
         cache: list[tuple[Array, Array]] = []
         for layer in self._calibration.layers():
             ranges += self._scale(layer)
@@ -108,7 +108,7 @@ class _Run:
             progress("calibration", layer.layer + 1, total)
         if self._precision.scaling or self._precision.gptq:
             self._head()
-        record = manifest.Calibration(
+        record = measured.Calibration(
             text=self._sample.text,
             tokens=self._sample.tokens.size,
             seed=self._sample.seed,
@@ -118,7 +118,7 @@ class _Run:
         scales = CacheScales(*(np.stack(side) for side in zip(*cache, strict=True))) if cache else None
         return Calibrated(self._scaling, self._rounded, scales, record)
 
-    def _scale(self, layer: LayerActivations) -> list[manifest.LayerRange]:
+    def _scale(self, layer: LayerActivations) -> list[measured.LayerRange]:
         """Choose the layer's factors."""
         prefix, ranges = f"{LAYERS}{layer.layer}.", []
         factors = self._search(layer, prefix) if self._precision.scaling else {}

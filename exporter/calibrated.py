@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.scaling import Scaling
-from runtime import manifest
 from runtime.cache_scales import CacheScales
+from runtime.manifest import KV_SCALES
+from runtime.measured import Calibration
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Calibrated:
     scaling: Scaling
     rounded: Mapping[str, Path] = field(default_factory=dict)
     cache_scales: CacheScales | None = None
-    record: manifest.Calibration | None = None
+    record: Calibration | None = None
 
     def parts(self, tensor: str) -> dict[str, NDArray[Any]] | None:
         """The parts of a matrix, as `Rounding.apply` gives them; None where it was not rounded."""
@@ -45,6 +46,6 @@ class Calibrated:
         if self.scaling.factors:
             self.scaling.save(directory)
         if self.cache_scales is not None:  # the graph has them too: these are what the gate checks its by
-            self.cache_scales.save(directory / manifest.KV_SCALES)
+            self.cache_scales.save(directory / KV_SCALES)
         for place in {path.parent for path in self.rounded.values()}:
             shutil.rmtree(place)

@@ -11,7 +11,7 @@ from exporter.reference import Reference, Row
 from exporter.yardstick import Expected, compare
 from runtime.bundle import Bundle
 from runtime.golden import Golden, replay
-from runtime.manifest import Comparison
+from runtime.measured import Comparison
 from runtime.ort_session import OrtSession
 
 NO_LIMIT = 1e9  # of what is only counted

@@ -26,7 +26,7 @@ from exporter.yardstick import LIMIT, Expected, Ledger, Yardstick, compare
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden, GoldenStep
-from runtime.manifest import Comparison, Parity
+from runtime.measured import Comparison, Parity
 from runtime.ort_session import OrtSession
 from runtime.session import Ints
 

@@ -36,7 +36,7 @@ from runtime.contract import (
 from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden, GoldenStep
 from runtime.golden_forward import ForwardCase, GoldenForward, real_tokens
-from runtime.manifest import Comparison, Parity
+from runtime.measured import Comparison, Parity
 from runtime.session import Floats, Ints
 from runtime.tokenizer import Tokenizer
 

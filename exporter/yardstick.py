@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from exporter.reference import Batch, Forward, Reference, Row
-from runtime.manifest import Comparison
+from runtime.measured import Comparison
 
 LIMIT = 1e-4  # of |Δ| in fp32, unless the reference itself is further than a third of it from fp64
 KL_FACTOR = 1.5  # of transformers' mean divergence at that precision

@@ -15,7 +15,7 @@ import click
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from runtime.manifest import Calibration, Comparison
+    from runtime.measured import Calibration, Comparison
 
 Progress = Callable[[str, int, int], None]
 

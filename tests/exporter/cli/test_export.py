@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from runtime.errors import CheckFailed
-from runtime.manifest import Comparison, FileRecord, Graph, Lowering, Manifest, Parity, PassRecord, Source
+from runtime.manifest import FileRecord, Graph, Lowering, Manifest, PassRecord, Source
+from runtime.measured import Comparison, Parity
 
 ROOT = Path(__file__).parents[3]
 PARITY = Parity(
