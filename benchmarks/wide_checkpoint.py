@@ -6,7 +6,9 @@ import json
 import math
 import shutil
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,18 +28,19 @@ MINITRON_4B = {
 }
 
 
-def write_wide_checkpoint(directory: Path) -> Path:
-    """Write a checkpoint of the shape MINITRON_4B, tensor by tensor, with the tokenizer of the trained one."""
+def write_wide_checkpoint(directory: Path, config: Mapping[str, Any] = MINITRON_4B) -> Path:
+    """Write a checkpoint of this shape, tensor by tensor; all else is the trained one's, its tokenizer too."""
     from exporter.parameters import expected_shapes
     from exporter.spec import spec_from_config
+    from exporter.tasks import GENERATION, TASKS
 
     directory.mkdir(parents=True)
     for path in TINY.iterdir():
         if path.suffix != ".safetensors":
             shutil.copy(path, directory)
-    config = json.loads((TINY / "config.json").read_text()) | MINITRON_4B
+    config = json.loads((TINY / "config.json").read_text()) | dict(config)
     (directory / "config.json").write_text(json.dumps(config))
-    shapes = expected_shapes(spec_from_config(config, str(directory)))
+    shapes = expected_shapes(spec_from_config(config, str(directory)), TASKS[GENERATION])
 
     header, at = {}, 0
     for name, shape in shapes.items():

@@ -12,7 +12,8 @@ import torch
 
 from exporter.checkpoint import Checkpoint
 from exporter.evaluate import ops
-from exporter.evaluate.network import LOWER_RIGHT_COUNTS_FROM_LENGTHS, compile_network
+from exporter.evaluate.network import compile_network
+from exporter.evaluate.network_layers import LOWER_RIGHT_COUNTS_FROM_LENGTHS
 from exporter.evaluate.onnx_graph import load_graph
 from exporter.evaluate.program import CannotEvaluate
 from exporter.evaluate.session import EvaluatedSession, evaluate_network, installed
