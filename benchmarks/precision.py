@@ -3,9 +3,10 @@
     python -m benchmarks.precision [--only WORD ...] [--windows N] [--results FILE]
 
 Every case is exported, which passes the parity gate and measures perplexity and KL divergence from transformers in fp32
-on held-out windows of 256 tokens: all of them, or the first 16 where ONNX Runtime does not run the graph. `scaled channels` is the same checkpoint, its channels rescaled by random powers of
-two up to 2^10 with the function unchanged. `bits_per_weight` counts every byte of the graph's weights. Needs the extras
-`export` and `cpu`; beside each figure stand those of llama.cpp's types in results/llama-cpp.json.
+on held-out windows of 256 tokens: all of them, or the first 16 where ONNX Runtime does not run the graph. `scaled
+channels` is the same checkpoint, its channels rescaled by random powers of two up to 2^10 with the function unchanged.
+`bits_per_weight` counts every byte of the graph's weights. Needs the extras `export` and `cpu`; beside each stand
+those of llama.cpp's types in results/llama-cpp.json.
 """
 
 from __future__ import annotations

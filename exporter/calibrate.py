@@ -20,7 +20,7 @@ from exporter.calibrated import Calibrated
 from exporter.calibration import Calibration, LayerActivations, RoundedStream
 from exporter.checkpoint import Checkpoint
 from exporter.fp16_range import keep_in_range
-from exporter.gptq import gptq, make_up, runs_of
+from exporter.gptq import Run, gptq, make_up, runs_of
 from exporter.kv_scales import layer_scales
 from exporter.parameters import EMBEDDING, HEAD, LAYERS, weight_source
 from exporter.recipe import Precision
@@ -41,6 +41,7 @@ _READERS = {
 }
 
 ROUNDED = "rounded"
+ROWS = 4096  # of a matrix whose codes are chosen at once
 
 Tensor = torch.Tensor
 Array = NDArray[np.float32]
@@ -171,12 +172,15 @@ class _Run:
         if self._checkpoint.spec.tied:
             return
         exact = self._calibration.head_input(self._calibration.hidden)
-        weight = self._checkpoint.read(weight_source(HEAD, self._checkpoint)).float()
+        weight = self._checkpoint.read(weight_source(HEAD, self._checkpoint)).clone()
         rounded = self._roundings({HEAD.removesuffix(".weight"): weight}, "")
         if self._precision.scaling and rounded and not self._norm_handed_out:
             self._factors[HEAD.removesuffix(".weight")] = search(rounded, exact)
         if self._stream is not None:
-            self._round({HEAD: weight}, exact, self._calibration.head_input(self._stream.hidden))
+            rounding = self._precision.rounding(HEAD)
+            if rounding is not None and rounding.precision == "int4":
+                runs = runs_of(exact, self._calibration.head_input(self._stream.hidden), self._scaling.of_columns(HEAD))
+                self._choose_codes(HEAD, weight, runs, cast("BlockRounding", rounding))
 
     def _roundings(self, matrices: Mapping[str, Tensor], prefix: str) -> list[tuple[Tensor, Rounding]]:
         """Those that are rounded, and how."""
@@ -190,17 +194,27 @@ class _Run:
             return
         runs = runs_of(exact, read, self._scaling.of_columns(next(iter(chosen))))
         for name, rounding in chosen.items():
-            matrix = self._scaling.apply(name, weights[name].clone())
-            make_up(matrix, runs)
             if rounding.precision == "int4":
-                parts = gptq(matrix, runs, cast("BlockRounding", rounding))
-            else:  # of more bits any choice of codes is near enough
-                parts, matrix = rounding.apply(matrix), rounding.nearest(matrix)
-            weights[name].copy_(self._scaling.undo(name, matrix))
-            self._scratch.mkdir(exist_ok=True)
-            path = self._scratch / f"{len(self._rounded)}.npz"
-            np.savez(path, **cast("dict[str, Any]", parts))
-            self._rounded[name] = path
+                self._choose_codes(name, weights[name], runs, cast("BlockRounding", rounding))
+            else:  # of more bits the nearest are near enough, and are found when they are written
+                nearest = rounding.nearest(self._scaling.apply(name, weights[name].float()))
+                weights[name].copy_(self._scaling.undo(name, nearest))
+
+    def _choose_codes(self, name: str, weight: Tensor, runs: list[Run], rounding: BlockRounding) -> None:
+        """Round a matrix by what it multiplies, some rows at a time, and put what it has become in its place."""
+        pieces = []
+        for start in range(0, len(weight), ROWS):
+            part = slice(start, start + ROWS)
+            matrix = self._scaling.apply(name, weight[part].float().clone(), part)
+            make_up(matrix, runs)
+            pieces.append(gptq(matrix, runs, rounding))
+            weight[part] = self._scaling.undo(name, matrix, part).to(weight.dtype)
+        codes, scales, zeros = (
+            torch.cat([getattr(piece, name) for piece in pieces]) for name in ("codes", "scales", "zeros")
+        )
+        self._scratch.mkdir(exist_ok=True)
+        self._rounded[name] = self._scratch / f"{len(self._rounded)}.npz"
+        np.savez(self._rounded[name], **cast("dict[str, Any]", rounding.pack(codes, scales, zeros)))
 
     def _looked_up(self, rows: Tensor) -> Tensor:
         """What rows of the embedding are rounded to."""

@@ -62,7 +62,8 @@ class Calibration:
             checkpoint: whose weights.
             windows: token ids [n, length]; the windows know nothing of each other.
         """
-        self._checkpoint, self._config = checkpoint, checkpoint.spec.config
+        self._checkpoint = checkpoint
+        self._config = type(checkpoint.spec.config).from_dict(checkpoint.spec.config.to_dict())
         self._config._attn_implementation = "eager"
         embedding = self._read(EMBEDDING)
         self._hidden = embedding[torch.from_numpy(windows)].float()  # [n, length, hidden]

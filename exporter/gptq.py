@@ -8,10 +8,8 @@ are off by is made up for ahead of that, by the matrix that gives nearest to wha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 
 from exporter.rounding import BlockRounding
 
@@ -66,16 +64,22 @@ def make_up(matrix: Tensor, runs: list[Run]) -> None:
         part += MADE_UP * (part @ run.shift) @ run.inverse.T @ run.inverse
 
 
-def gptq(matrix: Tensor, runs: list[Run], rounding: BlockRounding) -> dict[str, NDArray[Any]]:
-    """Round a matrix.
+@dataclass(frozen=True)
+class Coded:
+    """Codes uint8 [out, in] of a matrix's rows, and scales and zeros of their blocks, float32 [out, blocks]."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+
+def gptq(matrix: Tensor, runs: list[Run], rounding: BlockRounding) -> Coded:
+    """Round a matrix, or some of its rows, which do not depend on each other.
 
     Args:
         matrix: float32 [out_features, in_features]; it is overwritten with the numbers that it is rounded to.
         runs: by `runs_of`.
-        rounding: whose grids and form.
-
-    Returns:
-        The parts, as `Rounding.apply` gives them.
+        rounding: whose grids.
     """
     out, width = matrix.shape
     codes = torch.empty(out, width, dtype=torch.uint8)
@@ -99,4 +103,4 @@ def gptq(matrix: Tensor, runs: list[Run], rounding: BlockRounding) -> dict[str, 
                 block[:, column + 1 :] -= errors[:, column, None] * row[here.start + column + 1 : here.stop]
                 block[:, column] = number[:, 0]
             matrix[:, first + count : end] -= errors @ run.inverse[here, here.stop :]
-    return rounding.pack(codes, scales, zeros)
+    return Coded(codes, scales, zeros)

@@ -16,6 +16,7 @@ from exporter.rounding import Rounding
 
 ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6)  # beyond, columns of large activations take the whole grid of their block
 SAMPLE = 512  # tokens by whose products a choice is judged
+ROWS = 4096  # of a matrix, likewise
 
 Tensor = torch.Tensor
 
@@ -29,7 +30,7 @@ def search(
     """The factors that lose least when the matrices are rounded to the nearest point.
 
     Args:
-        matrices: those that read the channels, float32 [out_features, in_features], and how each will be rounded.
+        matrices: those that read the channels [out_features, in_features], and how each will be rounded.
         inputs: what they multiply, float32 [tokens, in_features].
         pool: means over the channels that have one factor, [in_features] → [factors].
         spread: a factor for each channel, [factors] → [in_features].
@@ -39,7 +40,8 @@ def search(
     """
     sample = inputs[:: max(1, len(inputs) // SAMPLE)]
     # By what each gives, which no factor changes: a matrix counts the same whatever its channels' scale.
-    matrices = [(matrix / _size(sample @ matrix.T), rounding) for matrix, rounding in matrices]
+    rows = ((matrix[:: -(-len(matrix) // ROWS)].float(), rounding) for matrix, rounding in matrices)
+    matrices = [(matrix / _size(sample @ matrix.T), rounding) for matrix, rounding in rows]
     activation = pool(inputs.square().mean(0)).sqrt()
     column = pool(torch.stack([matrix.square().mean(0) for matrix, _ in matrices]).mean(0)).sqrt()
     product = activation * column

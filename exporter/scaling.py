@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SCALING = "scaling.safetensors"  # a file of the bundle
 QKV, CONTEXT, UP, DOWN = "self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"
 _HEAD = HEAD.removesuffix(".weight")
+WHOLE = slice(None)
 # A module of a layer → the channels that its columns read, and those that its rows make.
 _READS = {
     "self_attn.q_proj": QKV,
@@ -53,24 +54,28 @@ class Scaling:
     spec: NemotronSpec
     factors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
-    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """A parameter with its factors in it.
+    def apply(self, name: str, weight: torch.Tensor, part: slice = WHOLE) -> torch.Tensor:
+        """A parameter, or some of its rows, with its factors in it.
 
         Args:
             name: as the model has it, `model.layers.0.mlp.up_proj.weight`.
             weight: its content, a norm's with the one of LayerNorm1P added; float32 comes out where it has factors.
+            part: which rows it is of.
         """
         rows, columns = self._of(name)
         if rows is not None:
+            rows = rows[part]
             weight = weight.float() / (rows if weight.ndim == 1 else rows[:, None])
         return weight if columns is None else weight.float() * columns
 
-    def undo(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """A parameter without the factors that are in it; the inverse of `apply`."""
+    def undo(self, name: str, weight: torch.Tensor, part: slice = WHOLE) -> torch.Tensor:
+        """A parameter, or some of its rows, without the factors that are in it; the inverse of `apply`."""
         rows, columns = self._of(name)
         if columns is not None:
             weight = weight.float() / columns
-        return weight if rows is None else weight.float() * (rows if weight.ndim == 1 else rows[:, None])
+        if rows is None:
+            return weight
+        return weight.float() * (rows[part] if weight.ndim == 1 else rows[part, None])
 
     def of_values(self, layer: int) -> torch.Tensor | None:
         """What a layer's values are divided by, float32 [kv_heads, 1, head_dim]; None where they are as they were."""
