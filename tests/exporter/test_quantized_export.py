@@ -14,6 +14,7 @@ from checkpoints import write_checkpoint
 from exporter.checkpoint import Checkpoint
 from exporter.evaluate.rounded import rounded_weights
 from exporter.export import ExportOptions, export
+from exporter.scaling import Scaling
 from exporter.verify import gate
 from runtime import load
 from runtime.bundle import Bundle
@@ -51,7 +52,7 @@ def test_an_onnxruntime_bundle_of_few_bits_is_checked_measured_and_runs(
     assert manifest.quality is not None
     assert 0 < manifest.quality.kl_mean < most
     original = Checkpoint.open(small_checkpoint)
-    for name, read in rounded_weights(ir.load(bundle.file(MODEL)).graph).items():
+    for name, read in rounded_weights(ir.load(bundle.file(MODEL)).graph, Scaling(original.spec)).items():
         weight = original.read(name)
         assert torch.corrcoef(torch.stack([read().flatten(), weight.flatten()]))[0, 1] > 0.99
     assert selftest(bundle.path).passed
