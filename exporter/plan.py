@@ -168,7 +168,7 @@ def sample_of(options: ExportOptions, plan: Plan, checkpoint: Checkpoint) -> Sam
     path = options.calibration or default_text("calibration.txt", checkpoint.path)
     tokens = read_tokens(path, checkpoint.path)
     length = min(WINDOW, plan.max_length)
-    everything = windows(tokens, length, len(tokens), path)
+    everything = windows(tokens, length, max(len(tokens), length), path)
     order = np.random.default_rng(options.calibration_seed).permutation(len(everything))
     chosen = order[: max(1, options.calibration_tokens // length)]
     return Sample(path.name, everything[np.sort(chosen)], options.calibration_seed)
