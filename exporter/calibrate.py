@@ -14,19 +14,22 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exporter.calibrated import Calibrated
-from exporter.calibration import Calibration, LayerActivations
+from exporter.calibration import Calibration, LayerActivations, RoundedStream
 from exporter.checkpoint import Checkpoint
 from exporter.fp16_range import keep_in_range
-from exporter.gptq import gptq, inverse_factors
-from exporter.parameters import HEAD, LAYERS, weight_source
+from exporter.gptq import gptq, make_up, runs_of
+from exporter.kv_scales import layer_scales
+from exporter.parameters import EMBEDDING, HEAD, LAYERS, weight_source
 from exporter.recipe import Precision
 from exporter.rounding import BlockRounding, Rounding
 from exporter.scale_search import search
 from exporter.scaling import CONTEXT, DOWN, QKV, UP, Scaling, per_query_head
 from exporter.spec import NemotronSpec
-from runtime import manifest
+from runtime import measured
+from runtime.cache_scales import CacheScales
 from runtime.session import Ints
 
 # The matrices that read a layer's channels.
@@ -40,6 +43,7 @@ _READERS = {
 ROUNDED = "rounded"
 
 Tensor = torch.Tensor
+Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
 
 
@@ -53,7 +57,13 @@ class Sample:
 
 
 def calibrate(
-    checkpoint: Checkpoint, precision: Precision, sample: Sample, scratch: Path, progress: Progress = lambda *_: None
+    checkpoint: Checkpoint,
+    precision: Precision,
+    sample: Sample,
+    scratch: Path,
+    progress: Progress = lambda *_: None,
+    *,
+    norm_handed_out: bool = False,
 ) -> Calibrated:
     """Run the calibration text and decide what the precision asks for.
 
@@ -63,52 +73,66 @@ def calibrate(
         sample: the text.
         scratch: where a directory for rounded matrices is made.
         progress: called with "calibration", the layers done and their number.
+        norm_handed_out: the graph gives what the last norm gives: it is not divided by factors of the head.
 
     Raises:
         UserError: a layer leaves the range of fp16 where no factor helps.
         CheckFailed: the checkpoint is not finite in fp32 on the text.
     """
-    return _Run(checkpoint, precision, scratch).all(sample, progress)
+    return _Run(checkpoint, precision, sample, scratch, norm_handed_out).all(progress)
 
 
 class _Run:
-    def __init__(self, checkpoint: Checkpoint, precision: Precision, scratch: Path) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, precision: Precision, sample: Sample, scratch: Path, norm_handed_out: bool
+    ) -> None:
+        self._norm_handed_out = norm_handed_out
         self._checkpoint, self._precision, self._scratch = checkpoint, precision, scratch / ROUNDED
+        self._sample, self._calibration = sample, Calibration(checkpoint, sample.tokens)
         self._factors: dict[str, Tensor] = {}
         self._scaling = Scaling(checkpoint.spec, self._factors)
         self._rounded: dict[str, Path] = {}
+        self._stream = RoundedStream(self._calibration, self._looked_up) if precision.gptq else None
 
-    def all(self, sample: Sample, progress: Progress) -> Calibrated:
+    def all(self, progress: Progress) -> Calibrated:
         """Every layer, then the head."""
-        total, ranges = self._checkpoint.spec.layers, []
-        calibration = Calibration(self._checkpoint, sample.tokens)
-        for layer in calibration.layers():
-            ranges += self._layer(layer)
+        total = self._checkpoint.spec.layers
+        ranges: list[measured.LayerRange] = []
+        cache: list[tuple[Array, Array]] = []
+        for layer in self._calibration.layers():
+            ranges += self._scale(layer)
+            if self._precision.kv_cache is not None:
+                cache.append(self._cache_scales(layer))
+            if self._stream is not None:
+                self._round_layer(layer, self._stream)
             progress("calibration", layer.layer + 1, total)
         if self._precision.scaling or self._precision.gptq:
-            self._head(calibration)
-        record = manifest.Calibration(
-            text=sample.text,
-            tokens=sample.tokens.size,
-            seed=sample.seed,
+            self._head()
+        record = measured.Calibration(
+            text=self._sample.text,
+            tokens=self._sample.tokens.size,
+            seed=self._sample.seed,
             methods=self._precision.calibrated,
             ranges=tuple(ranges),
         )
-        return Calibrated(self._scaling, self._rounded, record)
+        scales = CacheScales(*(np.stack(side) for side in zip(*cache, strict=True))) if cache else None
+        return Calibrated(self._scaling, self._rounded, scales, record)
 
-    def _layer(self, layer: LayerActivations) -> list[manifest.LayerRange]:
-        prefix = f"{LAYERS}{layer.layer}."
+    def _scale(self, layer: LayerActivations) -> list[measured.LayerRange]:
+        """Choose the layer's factors."""
+        prefix, ranges = f"{LAYERS}{layer.layer}.", []
         factors = self._search(layer, prefix) if self._precision.scaling else {}
-        ranges = []
         if self._precision.ranged:
             safe = keep_in_range(layer, factors, self._scaling)
             factors, ranges = safe.factors, [safe.range]
         self._factors |= {f"{prefix}{channels}": factor.contiguous() for channels, factor in factors.items()}
-        if self._precision.gptq:
-            for channels, readers in _READERS.items():
-                names = {f"{prefix}{name}.weight": layer.weights[f"{name}.weight"] for name in readers}
-                self._round(names, layer.inputs[channels])
         return ranges
+
+    def _cache_scales(self, layer: LayerActivations) -> tuple[Array, Array]:
+        """Of the layer's cache, whose values are divided by their factors."""
+        keys, values = layer_scales(layer, self._checkpoint.spec.rotary_dim)
+        factor = self._scaling.of_values(layer.layer)
+        return keys, values if factor is None else values / factor[:, 0].numpy()
 
     def _search(self, layer: LayerActivations, prefix: str) -> dict[str, Tensor]:
         """Factors by what goes through the layer, of channels whose readers are rounded.
@@ -133,36 +157,55 @@ class _Run:
                 factors[channels] = search(rounded, inputs)
         return factors
 
-    def _head(self, calibration: Calibration) -> None:
+    def _round_layer(self, layer: LayerActivations, stream: RoundedStream) -> None:
+        """Round its matrices one after the other, each by what it reads once those before it are rounded."""
+        prefix = f"{LAYERS}{layer.layer}."
+        for channels, readers in _READERS.items():
+            read = stream.inputs(layer.module, channels)
+            weights = {f"{prefix}{name}.weight": layer.weights[f"{name}.weight"] for name in readers}
+            self._round(weights, layer.inputs[channels], read)
+        stream.advance(layer.module)
+
+    def _head(self) -> None:
         """The vocabulary's head, unless it is the embedding too, whose rows are looked up as they are."""
         if self._checkpoint.spec.tied:
             return
-        inputs = calibration.head_input()
+        exact = self._calibration.head_input(self._calibration.hidden)
         weight = self._checkpoint.read(weight_source(HEAD, self._checkpoint)).float()
         rounded = self._roundings({HEAD.removesuffix(".weight"): weight}, "")
-        if self._precision.scaling and rounded:
-            self._factors[HEAD.removesuffix(".weight")] = search(rounded, inputs)
-        if self._precision.gptq:
-            self._round({HEAD: weight}, inputs)
+        if self._precision.scaling and rounded and not self._norm_handed_out:
+            self._factors[HEAD.removesuffix(".weight")] = search(rounded, exact)
+        if self._stream is not None:
+            self._round({HEAD: weight}, exact, self._calibration.head_input(self._stream.hidden))
 
     def _roundings(self, matrices: Mapping[str, Tensor], prefix: str) -> list[tuple[Tensor, Rounding]]:
         """Those that are rounded, and how."""
         pairs = [(weight, self._precision.rounding(f"{prefix}{name}.weight")) for name, weight in matrices.items()]
         return [(weight, rounding) for weight, rounding in pairs if rounding is not None]
 
-    def _round(self, weights: Mapping[str, Tensor], inputs: Tensor) -> None:
-        """Round those of one input to 4 bits; more bits need no choice of codes."""
+    def _round(self, weights: Mapping[str, Tensor], exact: Tensor, read: Tensor) -> None:
+        """Round those that are to be, of matrices that read the same; each is overwritten with what it has become."""
         chosen = {name: rounding for name in weights if (rounding := self._precision.rounding(name)) is not None}
-        chosen = {name: rounding for name, rounding in chosen.items() if rounding.precision == "int4"}
         if not chosen:
             return
-        inverses = inverse_factors(inputs, self._scaling.of_columns(next(iter(chosen))))
+        runs = runs_of(exact, read, self._scaling.of_columns(next(iter(chosen))))
         for name, rounding in chosen.items():
             matrix = self._scaling.apply(name, weights[name].clone())
+            make_up(matrix, runs)
+            if rounding.precision == "int4":
+                parts = gptq(matrix, runs, cast("BlockRounding", rounding))
+            else:  # of more bits any choice of codes is near enough
+                parts, matrix = rounding.apply(matrix), rounding.nearest(matrix)
+            weights[name].copy_(self._scaling.undo(name, matrix))
             self._scratch.mkdir(exist_ok=True)
             path = self._scratch / f"{len(self._rounded)}.npz"
-            np.savez(path, **cast("dict[str, Any]", gptq(matrix, inverses, cast("BlockRounding", rounding))))
+            np.savez(path, **cast("dict[str, Any]", parts))
             self._rounded[name] = path
+
+    def _looked_up(self, rows: Tensor) -> Tensor:
+        """What rows of the embedding are rounded to."""
+        rounding = self._precision.rounding(EMBEDDING) if self._precision.embedding else None
+        return rows if rounding is None else rounding.nearest(rows)
 
 
 def _per_kv_head(channels: Tensor, spec: NemotronSpec) -> Tensor:

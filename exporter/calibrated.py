@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.scaling import Scaling
-from runtime import manifest
+from runtime.cache_scales import CacheScales
+from runtime.manifest import KV_SCALES
+from runtime.measured import Calibration
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,14 @@ class Calibrated:
     Attributes:
         scaling: the model's factors.
         rounded: files of the parts of matrices that were rounded, by their names, all in one directory.
+        cache_scales: of a rounded cache; None where it is as activations are.
         record: for the manifest; None where there was nothing to decide.
     """
 
     scaling: Scaling
     rounded: Mapping[str, Path] = field(default_factory=dict)
-    record: manifest.Calibration | None = None
+    cache_scales: CacheScales | None = None
+    record: Calibration | None = None
 
     def parts(self, tensor: str) -> dict[str, NDArray[Any]] | None:
         """The parts of a matrix, as `Rounding.apply` gives them; None where it was not rounded."""
@@ -38,8 +42,10 @@ class Calibrated:
             return dict(file)
 
     def save(self, directory: Path) -> None:
-        """Once weights are written: leave the factors in the bundle's directory, and remove the rounded matrices."""
+        """Once weights are written: leave factors and scales in the bundle, and remove the rounded matrices."""
         if self.scaling.factors:
             self.scaling.save(directory)
+        if self.cache_scales is not None:  # the graph has them too: these are what the gate checks its by
+            self.cache_scales.save(directory / KV_SCALES)
         for place in {path.parent for path in self.rounded.values()}:
             shutil.rmtree(place)

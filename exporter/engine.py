@@ -79,7 +79,7 @@ def build(path: Path, options: BuildOptions, progress: Progress = lambda *_: Non
     trt = import_tensorrt(options.flavor)
     needed = Golden.load(bundle.file(GOLDEN)).capacity if bundle.has(GOLDEN) else 1
     shapes = resolve_shapes(options, bundle.manifest.max_length, needed)
-    capabilities = resolve_capabilities(trt, options, bundle.manifest.precision)
+    capabilities = resolve_capabilities(trt, options, bundle.manifest.precisions)
     record = _record(bundle, options, shapes, capabilities, str(trt.__version__))
     _check_place(bundle, record, options.force)
 
@@ -152,7 +152,7 @@ def _record(
         causality=options.causality,
         graph_sha256=bundle.manifest.files[MODEL].sha256,
         flags=options.flags,
-        assumptions=_assumptions(options.causality, bundle.manifest.precision),
+        assumptions=_assumptions(options.causality, bundle.manifest.activations),
     )
 
 
@@ -184,10 +184,10 @@ def _build(
     return plan
 
 
-def _assumptions(causality: str, precision: str) -> tuple[str, ...]:
+def _assumptions(causality: str, activations: str) -> tuple[str, ...]:
     """What an engine relies on that NVIDIA's documentation leaves open."""
     lengths = (LENGTHS_ASSUMPTION,) if causality == LOWER_RIGHT else ()
-    return lengths if precision == "fp32" else (*lengths, SOFTMAX_ASSUMPTION)
+    return lengths if activations == "fp32" else (*lengths, SOFTMAX_ASSUMPTION)
 
 
 @contextmanager

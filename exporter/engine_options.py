@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from runtime.tensorrt_api import FLAVORS
 MAX_KEPT = 16  # logits of more positions at once take memory that generation never needs
 HARDWARE_COMPATIBILITY = ("ampere-plus", "same-compute-capability")
 PROFILING_VERBOSITY = ("layer-names", "detailed", "none")
-_OLDEST_CAPABILITY = {"bf16": (8, 0)}
+# As NVIDIA documents it, and as TensorRT-RTX refuses the others ("HW-specific datatypes").
+_OLDEST_CAPABILITY = {"fp16": (0, 0), "bf16": (8, 0), "int4": (8, 0), "fp8": (8, 9)}
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,16 @@ def resolve_shapes(options: BuildOptions, max_length: int, needed: int = 1) -> S
     return Shapes(options.max_batch_size, input_len, capacity, min(MAX_KEPT, input_len))
 
 
-def resolve_capabilities(trt: Any, options: BuildOptions, precision: str) -> tuple[str, ...]:
-    """The compute capabilities to build for, each known to the builder and able to compute in the precision.
+def resolve_capabilities(trt: Any, options: BuildOptions, precisions: Collection[str]) -> tuple[str, ...]:
+    """The compute capabilities to build for, each known to the builder and able to compute in every precision.
+
+    Args:
+        trt: the flavor's module.
+        options: what was asked for.
+        precisions: of the graph's activations and weights.
 
     Raises:
-        UserError: a capability is misspelled, unknown, not the local GPU's where it must be, or lacks the precision.
+        UserError: a capability is misspelled, unknown, not the local GPU's where it must be, or lacks a precision.
     """
     given = tuple(dict.fromkeys(options.capabilities))
     for capability in given:
@@ -147,14 +154,20 @@ def resolve_capabilities(trt: Any, options: BuildOptions, precision: str) -> tup
                     f"{options.flavor} {trt.__version__} does not build for compute capability {capability}; "
                     f"known: {', '.join(known)}"
                 )
-    oldest = _OLDEST_CAPABILITY.get(precision, (0, 0))
     for capability in found:
-        if tuple(map(int, capability.split("."))) < oldest:
-            raise UserError(
-                f"compute capability {capability} lacks {precision}, which begins with {oldest[0]}.{oldest[1]}; "
-                "export with --precision fp16"
-            )
+        _check_precisions(capability, precisions)
     return found
+
+
+def _check_precisions(capability: str, precisions: Collection[str]) -> None:
+    own = tuple(map(int, capability.split(".")))
+    has = [name for name, oldest in _OLDEST_CAPABILITY.items() if own >= oldest]
+    for name, (major, minor) in _OLDEST_CAPABILITY.items():
+        if name in precisions and name not in has:
+            raise UserError(
+                f"compute capability {capability} lacks {name}, which begins with {major}.{minor}; "
+                f"export without it, with --precision {' or '.join(has)}"
+            )
 
 
 def local_capability() -> str | None:

@@ -78,7 +78,7 @@ def export(
         checkpoint_path: the checkpoint's directory, or its hub id.
         bundle_path: where the bundle goes (default: `artifacts/<checkpoint>-<target>-<precision>`).
         options: what to export.
-        progress: called with a stage ("trace", "passes", "calibration", "weights", "verify", "quality"), what is done
+        progress: called with a stage ("trace", "calibration", "passes", "weights", "verify", "quality"), what is done
             of it and how much there is (bytes for the weights).
 
     Raises:
@@ -101,14 +101,16 @@ def export(
     with staged(destination, options.force) as directory:
         with clock.stage("trace"):
             model = trace(spec, task, cached=form.cache)
-        with clock.stage("passes"):
-            wanted = passes.Wanted(task.name, form, plan.precision)
-            reports = passes.run(passes.pipeline(spec, *rope_tables(spec, plan.max_length), wanted), model)
-            lowered = lower(model, options.target, spec.layers)
         calibrated = Calibrated(Scaling(spec))
         if sample is not None:
             with clock.stage("calibration"):
-                calibrated = calibrate(checkpoint, plan.precision, sample, directory, progress)
+                calibrated = calibrate(
+                    checkpoint, plan.precision, sample, directory, progress, norm_handed_out=form.hidden_states
+                )
+        with clock.stage("passes"):
+            wanted = passes.Wanted(task.name, form, plan.precision)
+            reports = passes.run(passes.pipeline(spec, *rope_tables(spec, plan.max_length), wanted), model)
+            lowered = lower(model, options.target, spec.layers, calibrated.cache_scales)
         with clock.stage("weights"):
             total = weight_bytes(model)
             data = directory / f"{MODEL}.data"
@@ -171,6 +173,7 @@ def _manifest(
         target=plan.target,
         precision=plan.precision.name,
         quantization=_quantization(plan.precision, model),
+        kv_cache=plan.precision.kv_cache,
         calibration=calibrated.record,
         opset=lowered.opset,
         max_length=plan.max_length,

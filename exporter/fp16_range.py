@@ -14,7 +14,7 @@ import torch
 from exporter.calibration import LayerActivations
 from exporter.scaling import CONTEXT, DOWN, QKV, UP, Scaling
 from runtime.errors import UserError
-from runtime.manifest import LayerRange
+from runtime.measured import LayerRange
 
 MOST = 65504.0  # the largest fp16
 HEADROOM = 8.0  # of what a factor can keep small: other texts reach further than the one calibrated on

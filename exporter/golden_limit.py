@@ -1,15 +1,17 @@
-"""How far golden cases of rounded weights may be off where ONNX Runtime's own kernels multiply them."""
+"""How far golden cases of rounded weights or a rounded cache may be off on another machine."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from exporter.yardstick import compare
+from exporter.reference import Reference, Row
+from exporter.yardstick import Expected, compare
 from runtime.bundle import Bundle
 from runtime.golden import Golden, replay
-from runtime.manifest import Comparison
+from runtime.measured import Comparison
 from runtime.ort_session import OrtSession
 
 NO_LIMIT = 1e9  # of what is only counted
@@ -27,3 +29,23 @@ def with_kernels_error(bundle: Bundle, golden: Golden) -> tuple[Golden, list[Com
     most = float(np.max([np.nan if found.value is None else found.value for found in counted]))
     measured = compare("logits", "8-bit products", "max_abs", most, NO_LIMIT)
     return replace(golden, limit=max(golden.limit, EIGHT_BIT_FACTOR * most)), [measured]
+
+
+def with_ties_turned(
+    golden: Golden, reference: Reference, rows: Sequence[Row], expected: Sequence[Expected]
+) -> tuple[Golden, list[Comparison]]:
+    """Golden cases whose limit allows for near ties of a rounded cache, which another machine may round the other way.
+
+    What transformers' logits change by where all of them are turned is recorded, and passes: a machine turns a few.
+
+    Args:
+        golden: the cases.
+        reference: what runs them, on the cache's grid.
+        rows: the rows they are of.
+        expected: what it gave.
+    """
+    turned = reference.forwards([replace(row, kept=[], ties_turned=True) for row in rows])
+    pairs = zip(turned, expected, strict=True)
+    most = max(float(np.abs(other.logits - own.exact.logits).max()) for other, own in pairs)
+    measured = compare("logits", "near ties turned", "max_abs", most, NO_LIMIT)
+    return replace(golden, limit=max(golden.limit, most)), [measured]

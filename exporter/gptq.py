@@ -1,11 +1,13 @@
 """GPTQ: each column of a matrix is rounded in turn, and what it is off by is made up for in those that follow.
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022, algorithm 1,
-with the grid of a block taken when its first column is reached, and columns in their own order.
+with the grid of a block taken when its first column is reached, and columns in their own order. What the layers before
+are off by is made up for ahead of that, by the matrix that gives nearest to what it was meant to give.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,40 +17,61 @@ from exporter.rounding import BlockRounding
 
 DAMPING = 0.03  # of the mean square of the inputs, added to each one's
 WIDTH = 16384  # columns that make up for each other: what a Gram matrix may take, 1 GiB in fp32
+MADE_UP = 0.5  # of what the layers before are off by: the whole of it follows the calibration text too closely
 
 Tensor = torch.Tensor
 
 
-def inverse_factors(inputs: Tensor, columns: Tensor | None = None) -> list[Tensor]:
-    """The upper Cholesky factor of the inverse of each run of `WIDTH` columns' Gram matrix, damped.
+@dataclass(frozen=True)
+class Run:
+    """What a run of columns multiplies.
+
+    Attributes:
+        columns: which.
+        inverse: the upper Cholesky factor of the inverse of the inputs' damped Gram matrix, float32 [n, n].
+        shift: the mean product of what the inputs are off by and the inputs, float32 [n, n].
+    """
+
+    columns: slice
+    inverse: Tensor
+    shift: Tensor
+
+
+def runs_of(exact: Tensor, read: Tensor, factor: Tensor | None = None) -> list[Run]:
+    """The runs of a matrix's columns, shared by all matrices that read these inputs.
 
     Args:
-        inputs: what the matrix multiplies, float32 [tokens, in_features].
-        columns: factors [in_features] that the matrix's columns have been given, and the inputs the inverse of.
-
-    Returns:
-        float32 [n, n] for each run of n columns; shared by all matrices that read these inputs.
+        exact: what the matrix multiplies in the model as it is, float32 [tokens, in_features].
+        read: what it multiplies once what is before it is rounded.
+        factor: what the matrix's columns have been multiplied with [in_features], and the inputs divided by.
     """
-    factors = []
-    for start in range(0, inputs.shape[1], WIDTH):
-        part = inputs[:, start : start + WIDTH]
-        gram = part.T @ part / len(part)
-        if columns is not None:
-            factor = columns[start : start + WIDTH]
-            gram /= factor[:, None] * factor
+    runs = []
+    for start in range(0, read.shape[1], WIDTH):
+        columns = slice(start, min(start + WIDTH, read.shape[1]))
+        scale = torch.ones(()) if factor is None else factor[columns, None] * factor[columns]
+        part = read[:, columns]
+        gram = part.T @ part / len(part) / scale
+        shift = (exact[:, columns] - part).T @ part / len(part) / scale
         diagonal = gram.diagonal()
         diagonal += max(DAMPING * float(diagonal.mean()), torch.finfo(torch.float32).tiny)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        factors.append(torch.linalg.cholesky(inverse, upper=True))
-    return factors
+        runs.append(Run(columns, torch.linalg.cholesky(inverse, upper=True), shift))
+    return runs
 
 
-def gptq(matrix: Tensor, factors: list[Tensor], rounding: BlockRounding) -> dict[str, NDArray[Any]]:
+def make_up(matrix: Tensor, runs: list[Run]) -> None:
+    """Change a matrix, float32 [out_features, in_features], so that it makes up for what its inputs are off by."""
+    for run in runs:
+        part = matrix[:, run.columns]
+        part += MADE_UP * (part @ run.shift) @ run.inverse.T @ run.inverse
+
+
+def gptq(matrix: Tensor, runs: list[Run], rounding: BlockRounding) -> dict[str, NDArray[Any]]:
     """Round a matrix.
 
     Args:
-        matrix: float32 [out_features, in_features]; it is overwritten.
-        factors: by `inverse_factors`, of the inputs that it multiplies.
+        matrix: float32 [out_features, in_features]; it is overwritten with the numbers that it is rounded to.
+        runs: by `runs_of`.
         rounding: whose grids and form.
 
     Returns:
@@ -58,21 +81,22 @@ def gptq(matrix: Tensor, factors: list[Tensor], rounding: BlockRounding) -> dict
     codes = torch.empty(out, width, dtype=torch.uint8)
     blocks = -(-width // rounding.block)
     scales, zeros = torch.empty(out, blocks), torch.empty(out, blocks)
-    for run, factor in enumerate(factors):
-        start, end = run * WIDTH, min((run + 1) * WIDTH, width)
+    for run in runs:
+        start, end = run.columns.start, run.columns.stop
         for first in range(start, end, rounding.block):
-            block = matrix[:, first : first + rounding.block]
+            block = matrix[:, first : min(first + rounding.block, end)]
             grid = rounding.grid(block)
-            index = first // rounding.block
+            index, count = first // rounding.block, block.shape[1]
             scales[:, index], zeros[:, index] = grid.scale[:, 0], grid.zero[:, 0]
-            here = slice(first - start, first - start + block.shape[1])
+            here = slice(first - start, first - start + count)
             errors = torch.empty_like(block)
-            for column in range(block.shape[1]):
-                row = factor[here.start + column]
-                exact = block[:, column : column + 1]
-                chosen = grid.codes(exact)
+            for column in range(count):
+                row = run.inverse[here.start + column]
+                chosen = grid.codes(block[:, column : column + 1])
                 codes[:, first + column] = chosen[:, 0].to(torch.uint8)
-                errors[:, column] = ((exact - grid.numbers(chosen)) / row[here.start + column])[:, 0]
-                block[:, column:] -= errors[:, column, None] * row[here.start + column : here.stop]
-            matrix[:, first + block.shape[1] : end] -= errors @ factor[here, here.stop :]
+                number = grid.numbers(chosen)
+                errors[:, column] = ((block[:, column : column + 1] - number) / row[here.start + column])[:, 0]
+                block[:, column + 1 :] -= errors[:, column, None] * row[here.start + column + 1 : here.stop]
+                block[:, column] = number[:, 0]
+            matrix[:, first + count : end] -= errors @ run.inverse[here, here.stop :]
     return rounding.pack(codes, scales, zeros)

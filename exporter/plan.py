@@ -36,13 +36,14 @@ class ExportOptions:
         position_ids: the tokens' positions are an input.
         output_hidden_states, output_attentions: what each layer gives is handed out.
         recipe: how matrices are rounded below 16 bit: a preset's name, or a TOML file.
+        kv_cache: `int8` for a cache that is rounded to it (default: the activations' dtype).
         calibration: the text that scales, codes and ranges are chosen by (default: `calibration.txt` of the checkpoint,
             else of the checkpoint that comes with the package).
         calibration_tokens: how many of its tokens.
         calibration_seed: chooses which.
         fp16_safe: keep layers in fp16's range, where activations are in fp16.
-        eval_text: what the cost of a precision below fp32 is measured on (default: `heldout.txt` of the checkpoint,
-            else of the checkpoint that comes with the package).
+        eval_text: what the cost of weights, activations or a cache below fp32 is measured on (default: `heldout.txt`
+            of the checkpoint, else of the checkpoint that comes with the package).
         eval_tokens: how many of its tokens.
         max_kl: the largest mean KL divergence from fp32 that passes, in nats.
         max_perplexity_increase: the largest rise of perplexity over fp32 that passes, in percent.
@@ -62,6 +63,7 @@ class ExportOptions:
     output_hidden_states: bool = False
     output_attentions: bool = False
     recipe: str | None = None
+    kv_cache: str | None = None
     calibration: Path | None = None
     calibration_tokens: int = 16384
     calibration_seed: int = 0
@@ -112,7 +114,7 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
         if value not in known:
             raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}")
     precision = precision_of(options.target, options.precision, read_recipe(options.recipe))
-    precision = replace(precision, fp16_safe=options.fp16_safe)
+    precision = replace(precision, fp16_safe=options.fp16_safe, kv_cache=options.kv_cache)
     if options.cache and task != GENERATION:
         raise UserError(f"a cache is of {GENERATION}; export for {task} without one")
     form = GraphForm(
@@ -123,6 +125,7 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
         attentions=options.output_attentions,
     )
     check_form(form, task, options.target)
+    _check_kv_cache(options, form)
     if precision.quantized and not form.cache:
         raise UserError(
             f"--precision {precision.name} is of {GENERATION} with a cache; export this graph with fp32, fp16 or bf16"
@@ -133,6 +136,26 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     return Plan(TASKS[task], form, length, options.target, precision)
 
 
+def _check_kv_cache(options: ExportOptions, form: GraphForm) -> None:
+    if options.kv_cache is None:
+        return
+    if options.kv_cache not in (known := sorted({name for target in TARGETS.values() for name in target.kv_caches})):
+        raise UserError(f"unknown cache {options.kv_cache!r}; known: {', '.join(known)}")
+    asked = f"--kv-cache {options.kv_cache}"
+    if not form.cache:
+        raise UserError(f"{asked} is of {GENERATION} with a cache, this graph has none; leave it out")
+    if options.kv_cache not in TARGETS[options.target].kv_caches:
+        raise UserError(
+            f"target {options.target} has no {asked}: TensorRT's cache update refuses caches of 8 bits; leave it out, "
+            "or export with --target onnxruntime"
+        )
+    if form.position_ids or form.hidden_states:
+        raise UserError(
+            f"{asked} goes with neither --position-ids nor --output-hidden-states, which are compared without a cache; "
+            "leave one out"
+        )
+
+
 def windows_of(options: ExportOptions, plan: Plan, checkpoint: Checkpoint) -> Windows | None:
     """What the cost of the precision is measured on; None where there is none to measure.
 
@@ -140,7 +163,7 @@ def windows_of(options: ExportOptions, plan: Plan, checkpoint: Checkpoint) -> Wi
         UserError: the text cannot be read or is shorter than one window, or there are limits and nothing to measure.
     """
     limited = options.max_kl is not None or options.max_perplexity_increase is not None
-    if plan.precision.name == "fp32" or plan.task.name != GENERATION or not options.verify:
+    if plan.precision.exact or plan.task.name != GENERATION or not options.verify:
         if limited:
             raise UserError(
                 "--max-kl and --max-perplexity-increase are of text generation below fp32, checked (--verify); "
@@ -162,7 +185,7 @@ def sample_of(options: ExportOptions, plan: Plan, checkpoint: Checkpoint) -> Sam
         if options.calibration is not None:
             raise UserError(
                 f"--calibration: --precision {plan.precision.name} with recipe {plan.precision.recipe.name} chooses "
-                "nothing by a text; leave it out, or take --recipe aware"
+                "nothing by a text; leave it out, or take --recipe aware or --kv-cache int8"
             )
         return None
     path = options.calibration or default_text("calibration.txt", checkpoint.path)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from exporter.checkpoint import Checkpoint
 from exporter.reference import Reference
 from runtime.errors import CheckFailed, UserError
-from runtime.manifest import Quality
+from runtime.measured import Quality
 from runtime.session import Floats, Ints, Session
 
 Logits = Callable[[Ints], Floats]  # tokens int64 [1, n] of a row of its own to its logits float32 [n, vocab]

@@ -65,6 +65,7 @@ class Precision:
         others: how the matrices of a pattern are, in the recipe's order.
         embedding: whether the embedding is rounded too.
         fp16_safe: whether fp16 activations are kept in range.
+        kv_cache: what the cache is rounded to; None where it is as activations are.
     """
 
     name: str = "fp32"
@@ -74,6 +75,12 @@ class Precision:
     others: tuple[tuple[str, Rounding | None], ...] = ()
     embedding: bool = False
     fp16_safe: bool = True
+    kv_cache: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether everything is in fp32."""
+        return self.name == "fp32" and self.kv_cache is None
 
     @property
     def scaling(self) -> bool:
@@ -93,7 +100,12 @@ class Precision:
     @property
     def calibrated(self) -> tuple[str, ...]:
         """What a calibration text is needed for."""
-        needs = {"scaling": self.scaling, "gptq": self.gptq, "fp16 range": self.ranged}
+        needs = {
+            "scaling": self.scaling,
+            "gptq": self.gptq,
+            "fp16 range": self.ranged,
+            "kv cache": self.kv_cache is not None,
+        }
         return tuple(name for name, needed in needs.items() if needed)
 
     @property

@@ -13,8 +13,10 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from exporter.checkpoint import Checkpoint
+from exporter.rounded_cache import RoundedCache
 from exporter.tasks import ARCHITECTURES, FEATURES, GENERATION, SEQUENCES, TASKS
 from exporter.trace import cached_layers
+from runtime.cache_scales import CacheScales
 from runtime.contract import attentions_name, hidden_states_name
 from runtime.errors import UserError
 from runtime.session import Ints
@@ -49,10 +51,14 @@ class Row:
     Attributes:
         tokens: the new token ids.
         past: per layer key and value, float32 [kv_heads, past, head_dim]; empty for none.
+        kept: of a rounded cache, the new tokens' keys and values as the bundle rounded them: near ties go as there.
+        ties_turned: of a rounded cache, near ties go the other way.
     """
 
     tokens: Sequence[int]
     past: Cache = field(default_factory=list)
+    kept: Cache = field(default_factory=list)
+    ties_turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ class Reference:
         checkpoint: Checkpoint,
         task: str = GENERATION,
         weights: Mapping[str, Callable[[], torch.Tensor]] | None = None,
+        scales: CacheScales | None = None,
     ) -> None:
         """Nothing is read yet.
 
@@ -93,7 +100,9 @@ class Reference:
             checkpoint: whose weights.
             task: whose head.
             weights: readers of parameters that stand in for the checkpoint's, by name.
+            scales: of a cache that `forwards` rounds; None for one of the activations' dtype.
         """
+        self._scales = scales
         self._checkpoint, self._task, self._weights = checkpoint, TASKS[task], weights or {}
         self._config = type(checkpoint.spec.config).from_dict(checkpoint.spec.config.to_dict())
 
@@ -169,10 +178,11 @@ class Reference:
             owned[name].data.copy_(read())
 
     def _run(self, model: Any, row: Row) -> Forward:
-        cache = DynamicCache(config=self._config)
+        scales = self._scales
+        cache = DynamicCache(config=self._config) if scales is None else RoundedCache(self._config, scales, row)
         for layer, pair in enumerate(row.past):
             key, value = (torch.from_numpy(array)[None].to(model.dtype) for array in pair)
-            cache.update(key, value, layer)
+            DynamicCache.update(cache, key, value, layer)  # as it is
         with torch.no_grad():
             output = model(torch.tensor([list(row.tokens)]), past_key_values=cache, use_cache=True)
         new = slice(-len(row.tokens), None)

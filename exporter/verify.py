@@ -7,55 +7,35 @@ capacity, a chunk, single tokens, and the last positions of the capacity after a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
 from exporter.checkpoint import Checkpoint
-from exporter.evaluate.rounded import rounded_weights
+from exporter.evaluate.rounded import weights_of
 from exporter.evaluate.session import CachedSession, EvaluatedSession, evaluate_graph, evaluate_network
-from exporter.golden_limit import NO_LIMIT, with_kernels_error
+from exporter.golden_limit import NO_LIMIT, with_kernels_error, with_ties_turned
 from exporter.reference import Floats as Floats64
 from exporter.reference import Forward, Reference, Row
+from exporter.rounded_cache import CacheView
 from exporter.scaling import Scaling
 from exporter.verify_rows import NON_FINITE, GateResult, has_extras, non_finite, prompts, refused, run_rows_gate
+from exporter.verify_steps import DECODE_STEPS, END, Step, run_end_of_capacity, run_rows
 from exporter.yardstick import LIMIT, Expected, Ledger, Yardstick, compare
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden, GoldenStep
-from runtime.manifest import MODEL, Comparison, Parity
+from runtime.measured import Comparison, Parity
 from runtime.ort_session import OrtSession
-from runtime.session import Floats, Ints
+from runtime.session import Ints
 
 NEAR_TIE = 1e-3  # a greedy token may differ where the reference's two best logits are closer than this
-END = "end of capacity"
-DECODE_STEPS = 32
 GOLDEN_DECODE_STEPS = 4
 
 __all__ = ["LIMIT", "NON_FINITE", "CachedSession", "GateResult", "gate", "run_gate", "session_of", "verify"]
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One `Session.step`, and the logits it gave: float32 [batch, keep, vocab]."""
-
-    case: str
-    tokens: Ints
-    lengths: Ints
-    past: Ints
-    slots: Ints
-    logits: Floats
-
-    @property
-    def positions(self) -> Ints:
-        """The row position of every logit, int64 [batch, keep]."""
-        keep = self.logits.shape[1]
-        within: Ints = np.maximum(self.lengths[:, None] - keep + np.arange(keep), 0)
-        return self.past[:, None] + within
 
 
 def verify(
@@ -105,7 +85,7 @@ def gate(
 
 
 def session_of(bundle: Bundle) -> CachedSession:
-    """What the gate runs: ONNX Runtime for fp32, the evaluation for 16 bit, which its CPU kernels run in fp32."""
+    """What the gate runs: ONNX Runtime for fp32; else the evaluation, which rounds as the graph says and no more."""
     return OrtSession(bundle, slots=1, capacity=1) if bundle.manifest.precision == "fp32" else evaluate_graph(bundle)
 
 
@@ -115,21 +95,24 @@ def run_gate(
     """Run every case on a session of the bundle and compare it with transformers.
 
     In 16 bit, golden cases get the limit of the logits: twice the largest |Δ| that transformers itself shows at that
-    precision. The same steps on a device that rounds as often differ by no more.
+    precision. The same steps on a device that rounds as often differ by no more. A cache of int8 is compared with
+    transformers' own, rounded to the same grid; see `exporter.rounded_cache`.
     """
     _check_same_shape(bundle, checkpoint)
     precision, total = bundle.manifest.activations, 2 + DECODE_STEPS
-    scaling = Scaling.load(bundle.path, checkpoint.spec)
-    evaluated_by = f"{session.backend} {session.version}"
+    evaluated_by, scaling = f"{session.backend} {session.version}", Scaling.load(bundle.path, checkpoint.spec)
+    view = CacheView(bundle, scaling)
     try:
-        steps, rows = _run_rows(
-            session, prompts(bundle), bundle.manifest.max_length, scaling, lambda n: progress("verify", n, total)
+        steps, rows = run_rows(
+            session, prompts(bundle), bundle.manifest.max_length, view, lambda n: progress("verify", n, total)
         )
-        end = _run_end_of_capacity(session, bundle, scaling)
+        end = run_end_of_capacity(session, bundle, view)
     except CheckFailed as refusal:  # the graph is so wrong that the backend does not run it
         return GateResult(refused(evaluated_by, "all", refusal), None)
-    weights = rounded_weights(ir.load(bundle.file(MODEL)).graph, scaling) if bundle.manifest.quantization else None
-    forwards = Yardstick(Reference(checkpoint, weights=weights), precision).forwards([*map(Row, rows.tokens), end.row])
+    reference = Reference(checkpoint, weights=weights_of(bundle, scaling), scales=view.scales)
+    ties = view.scales is not None and precision == "fp32"  # in 16 bit the yardstick shows what they cost
+    asked = [*(rows.as_cached() if ties else map(Row, rows.tokens)), end.as_cached() if ties else end.row]
+    forwards = Yardstick(reference, precision).forwards(asked)
     expected, ledger = forwards[:-1], Ledger(precision)
     for step in steps:
         for row, slot in enumerate(step.slots):
@@ -149,6 +132,9 @@ def run_gate(
     comparisons = (*found, *limits, *_compare_greedy(steps, expected, precision))
     limit = max(found.limit for found in limits if (found.name, found.metric) == ("logits", "max_abs"))
     golden = _golden(steps, expected, limit)
+    if ties:
+        golden, measured = with_ties_turned(golden, reference, asked[:-1], expected)
+        comparisons = (*comparisons, *measured)
     if bundle.manifest.quantization and bundle.manifest.target == "onnxruntime":
         golden, measured = with_kernels_error(bundle, golden)
         comparisons = (*comparisons, *measured)
@@ -160,100 +146,7 @@ def _logits_at(positions: Ints) -> Callable[[Forward], Floats64]:
     return lambda forward: forward.logits[positions]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """What the rows held in the end: tokens, and per row keys and values [layers, kv_heads, capacity, head_dim]."""
-
-    capacity: int
-    tokens: list[list[int]]
-    keys: list[Floats]
-    values: list[Floats]
-
-
-def _run_rows(
-    loaded: CachedSession,
-    prompts: list[list[int]],
-    max_length: int,
-    scaling: Scaling,
-    progress: Callable[[int], None],
-) -> tuple[list[_Step], _Rows]:
-    """Prefill three unequal rows, append a chunk to one of them, then decode all of them greedily."""
-    capacity = min(max_length, 4 * max(map(len, prompts)))
-    longest = max(1, min(max(map(len, prompts)), capacity // 3))
-    chunk = max(1, longest // 4)
-    rows = [prompts[0][:longest], prompts[1][: max(1, longest // 3)], prompts[2][: max(1, 2 * longest // 3)]]
-    session = loaded.reopen(slots=len(rows), capacity=capacity)
-    steps: list[_Step] = []
-
-    def step(case: str, new: list[list[int]], slots: list[int], keep: int) -> Floats:
-        tokens = np.array([row + [0] * (max(map(len, new)) - len(row)) for row in new])
-        lengths, at = np.array([len(row) for row in new]), np.array(slots)
-        past = np.array([len(rows[slot]) for slot in slots]) if case != "prefill" else np.zeros_like(at)
-        logits = session.step(tokens, lengths, past, at, keep)
-        steps.append(_Step(case, tokens, lengths, past, at, logits))
-        progress(len(steps))
-        return logits
-
-    everyone = list(range(len(rows)))
-    logits = step("prefill", rows, everyone, longest)[:, -1]
-    if len(rows[1]) + chunk < capacity:
-        logits = logits.copy()
-        addition = prompts[1][-chunk:]
-        logits[1] = step("chunk", [addition], [1], chunk)[0, -1]
-        rows[1] = rows[1] + addition
-    for _ in range(min(DECODE_STEPS, capacity - max(map(len, rows)))):
-        new = [[int(row.argmax())] for row in logits]
-        logits = step("decode", new, everyone, 1)[:, -1]
-        rows = [row + token for row, token in zip(rows, new, strict=True)]
-    caches = [_read_cache(session, layer, scaling) for layer in range(session.cache.layers)]
-    keys, values = (np.stack([pair[i] for pair in caches], 1) for i in (0, 1))
-    return steps, _Rows(capacity, rows, list(keys), list(values))
-
-
-@dataclass(frozen=True)
-class _End:
-    """The last positions of the capacity: what ran, and the logits, keys and values it gave."""
-
-    row: Row
-    logits: Floats
-    keys: Floats
-    values: Floats
-
-
-def _run_end_of_capacity(loaded: CachedSession, bundle: Bundle, scaling: Scaling) -> _End:
-    """Fill all but the last positions of the capacity with random keys and values; then a chunk and a last token."""
-    capacity = bundle.manifest.max_length
-    count = min(8, max(1, capacity // 2))
-    past = capacity - count
-    random = np.random.default_rng(1)
-    tokens = random.integers(bundle.vocab_size, size=count)
-    session = loaded.reopen(slots=1, capacity=capacity)
-    geometry = bundle.cache_geometry
-    shape = (1, geometry.kv_heads, capacity, geometry.head_dim)
-    seeded = []
-    for layer in range(geometry.layers):
-        session.cache.write(layer, *(random.standard_normal(shape, np.float32) for _ in range(2)))
-        key, value = _read_cache(session, layer, scaling)  # as the cache rounded them
-        seeded.append((key[0, :, :past], value[0, :, :past]))
-
-    logits = []
-    for chunk, start in ((tokens[:-1], past), (tokens[-1:], capacity - 1)):
-        if len(chunk):
-            length = np.array([len(chunk)])
-            logits.append(session.step(chunk[None], length, np.array([start]), keep=len(chunk))[0])
-    caches = [_read_cache(session, layer, scaling) for layer in range(geometry.layers)]
-    keys, values = (np.stack([pair[i][0, :, past:] for pair in caches]) for i in (0, 1))
-    return _End(Row(tokens.tolist(), seeded), np.concatenate(logits), keys, values)
-
-
-def _read_cache(session: CachedSession, layer: int, scaling: Scaling) -> tuple[Floats, Floats]:
-    """A layer's keys and values as the checkpoint's model has them, float32 [slots, kv_heads, capacity, head_dim]."""
-    key, value = (array.astype(np.float32) for array in session.cache.read(layer))
-    factor = scaling.of_values(layer)
-    return key, value if factor is None else value * factor.numpy()
-
-
-def _compare_greedy(steps: Sequence[_Step], expected: Sequence[Expected], precision: str) -> list[Comparison]:
+def _compare_greedy(steps: Sequence[Step], expected: Sequence[Expected], precision: str) -> list[Comparison]:
     """In fp32 greedy choices equal the reference's unless its two best logits nearly tie; in 16 bit it counts."""
     wrong = ties = 0
     for step in steps:
@@ -269,7 +162,7 @@ def _compare_greedy(steps: Sequence[_Step], expected: Sequence[Expected], precis
     return [compare("greedy", "all", metric, float(value), limit) for metric, value, limit in found]
 
 
-def _golden(steps: Sequence[_Step], expected: Sequence[Expected], limit: float) -> Golden:
+def _golden(steps: Sequence[Step], expected: Sequence[Expected], limit: float) -> Golden:
     """The reference's own logits for the prefill, the chunk and the first single tokens."""
     decode = [step for step in steps if step.case == "decode"][:GOLDEN_DECODE_STEPS]
     kept = [step for step in steps if step.case != "decode"] + decode

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.checkpoint import Checkpoint
+from exporter.evaluate.rounded import weights_of
 from exporter.evaluate.rows import Runner, evaluate_graph_rows, evaluate_network_rows, onnxruntime_rows
 from exporter.reference import Batch, Reference
+from exporter.scaling import Scaling
 from exporter.tasks import GENERATION, TASKS
 from exporter.yardstick import Ledger, Outputs, Yardstick, compare
 from runtime.bundle import Bundle
@@ -34,7 +36,7 @@ from runtime.contract import (
 from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden, GoldenStep
 from runtime.golden_forward import ForwardCase, GoldenForward, real_tokens
-from runtime.manifest import Comparison, Parity
+from runtime.measured import Comparison, Parity
 from runtime.session import Floats, Ints
 from runtime.tokenizer import Tokenizer
 
@@ -67,8 +69,10 @@ def run_rows_gate(
     manifest = bundle.manifest
     runner = _runner(bundle, network)
     cases = _cases(bundle, checkpoint)
-    expected = Yardstick(Reference(checkpoint, manifest.task), manifest.precision).outputs(list(cases.values()))
-    ledger = Ledger(manifest.precision, over_vocabulary=manifest.task == GENERATION)
+    scaling = Scaling.load(bundle.path, checkpoint.spec)
+    reference = Reference(checkpoint, manifest.task, weights_of(bundle, scaling))
+    expected = Yardstick(reference, manifest.activations).outputs(list(cases.values()))
+    ledger = Ledger(manifest.activations, over_vocabulary=manifest.task == GENERATION)
     for done, ((case, batch), (exact, yardstick)) in enumerate(zip(cases.items(), expected, strict=True)):
         columns = _columns(bundle, batch)
         try:

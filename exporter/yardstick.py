@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from exporter.reference import Batch, Forward, Reference, Row
-from runtime.manifest import Comparison
+from runtime.measured import Comparison
 
 LIMIT = 1e-4  # of |Δ| in fp32, unless the reference itself is further than a third of it from fp64
 KL_FACTOR = 1.5  # of transformers' mean divergence at that precision
@@ -73,7 +73,7 @@ class Ledger:
     """What the gate has compared so far.
 
     Attributes:
-        precision: of the graph.
+        precision: of activations and cache.
         over_vocabulary: whether logits are of tokens, whose divergence counts in 16 bit. That of a head's few labels
             over a few rows scatters too much for a mean to say anything; their largest |Δ| is compared as all else is.
     """

@@ -5,15 +5,18 @@ Where it cannot rotate, `com.microsoft::RotaryEmbedding` does so before it, on q
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from plugins.ops import is_partial_rope_attention
 
 CONTRIB_DOMAIN = "com.microsoft"
 GROUP_QUERY_ATTENTION = "GroupQueryAttention"
 ROTARY_EMBEDDING = "RotaryEmbedding"
+SCALES_FROM = 12  # the inputs of a quantised cache's scales, of keys and of values
 HEAD_STEP, ROTARY_STEP = 8, 16  # what head widths are multiples of, and with rotation inside, head and rotary widths
 
 
@@ -71,6 +74,36 @@ def lower_to_group_query_attention(
             graph, node, [node], [*before, attention], node.outputs, attention.outputs
         )
     return [reason] if reason else []
+
+
+def quantize_cache(graph: ir.Graph, scales: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> int:
+    """Give every GroupQueryAttention a cache of int8, in place.
+
+    It rounds what it caches, after the rotation, to clamp(round_to_even(x · (1 / scale)), −128, 127), and what it
+    multiplies is integer · scale, of the step's own keys and values too (tried: so it is in a prefill). Products are
+    accumulated in fp32.
+
+    Args:
+        graph: lowered, its attentions in the layers' order.
+        scales: each layer's, of keys and of values, float32 [kv_heads, head_dim].
+
+    Returns:
+        The number of attentions changed.
+    """
+    attentions = [node for node in graph if node.op_type == GROUP_QUERY_ATTENTION]
+    for layer, (node, pair) in enumerate(zip(attentions, scales, strict=True)):
+        for cache in (*node.inputs[3:5], *node.outputs[1:3]):
+            assert cache is not None
+            cache.type = ir.TensorType(ir.DataType.INT8)
+        node.resize_inputs(SCALES_FROM + 2)
+        for place, (name, scale) in enumerate(zip(("key", "value"), pair, strict=True)):
+            full = f"cache.{layer}.{name}.scale"
+            given = ir.val(full, const_value=ir.tensor(scale[None, :, None], name=full))  # [1, kv_heads, 1, head_dim]
+            graph.initializers.add(given)
+            node.replace_input_with(SCALES_FROM + place, given)
+            node.attributes[f"{name[0]}_quant_type"] = ir.AttrString(f"{name[0]}_quant_type", "PER_CHANNEL")
+        node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", 8)
+    return len(attentions)
 
 
 def _why_apart(node: ir.Node) -> str:

@@ -13,6 +13,8 @@ from runtime.contract import LOGITS, past_names
 from runtime.errors import CheckFailed, UserError
 from runtime.manifest import CONFIG, GENERATION_CONFIG, MANIFEST, FileRecord, Manifest, read_json
 
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
 
 @dataclass(frozen=True)
 class CacheGeometry:
@@ -22,6 +24,11 @@ class CacheGeometry:
     kv_heads: int
     head_dim: int
     dtype: str
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What one more token of one row takes."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * _ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,10 @@ and beside them, target `onnxruntime` (Hugging Face's names):
 | `logits_to_keep`           | int64   | [1], default 1                         |
 | `present.N.key`, `.value`  | float   | [batch, kv_heads, max(past, total), head_dim] |
 
+With an int8 cache `past_key_values.N.*` and `present.N.*` are int8; what they stand for is integer · scale, one scale
+for each channel of each head, which are in `kv_scales.npz` and in the graph. The graph rounds what it caches, and
+multiplies what it has rounded, of the step's own tokens too.
+
 `total` counts cached and new tokens; a row's mask is ones for its real tokens, then zeros (padding on the
 right). Target `tensorrt`, which has no mask:
 

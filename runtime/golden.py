@@ -19,7 +19,8 @@ from runtime.errors import CheckFailed
 from runtime.forward import ForwardSession, open_forward
 from runtime.golden_file import STEPS, reading
 from runtime.golden_forward import GoldenForward, replay_forward
-from runtime.manifest import GOLDEN, Comparison, Parity
+from runtime.manifest import GOLDEN
+from runtime.measured import Comparison, Parity
 from runtime.session import Floats, Ints, Session, open_session
 
 _STEP_ARRAYS = ("tokens", "lengths", "past_lengths", "slots", "keep", "top_ids", "top_logits")

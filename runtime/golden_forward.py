@@ -18,7 +18,7 @@ from runtime.contract import LOGITS
 from runtime.errors import CheckFailed
 from runtime.forward import ForwardSession
 from runtime.golden_file import FORWARD, reading
-from runtime.manifest import Comparison
+from runtime.measured import Comparison
 from runtime.session import Floats, Ints
 
 

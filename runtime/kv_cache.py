@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
 Array = NDArray[Any]
-_DTYPES = {"float32": np.float32, "float16": np.float16}
+_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 
 
 class KVCache:
@@ -71,14 +71,15 @@ class KVCache:
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The dtype of a graph's floating point tensor.
+    """The dtype of a graph's tensor: floating point, or a rounded cache's.
 
     Raises:
         UserError: numpy, and ONNX Runtime's CPU kernels, have none of that name (bfloat16).
     """
     if name not in _DTYPES:
         raise UserError(
-            f"{name} does not run on ONNX Runtime; build a TensorRT engine, or export with --precision fp16 or fp32"
+            f"{name} does not run on ONNX Runtime; build a TensorRT engine, or export with --precision fp16 or fp32 "
+            "(or a --recipe with such activations)"
         )
     return np.dtype(_DTYPES[name])
 

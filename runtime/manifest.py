@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from runtime.errors import UserError
+from runtime.measured import Calibration, Parity, Quality
 from runtime.records import Record
 
 SCHEMA = 1
@@ -20,6 +21,7 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GOLDEN = "golden.npz"
+KV_SCALES = "kv_scales.npz"  # of a rounded cache
 ENGINES = "engines"  # a directory
 PLAN = "model.plan"  # in a directory of its own under that
 
@@ -73,91 +75,6 @@ class Quantization(Record):
     recipe: str
     activations: str
     matrices: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRange(Record):
-    """The largest magnitude in a layer before and after its weights were scaled, and where it is after."""
-
-    before: float
-    after: float
-    where: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration(Record):
-    """What weights, scales or ranges were chosen by.
-
-    Attributes:
-        text: the calibration text's file name.
-        tokens: of the text that were run.
-        seed: that chose which.
-        methods: what was done with it: "scaling", "gptq", "fp16 range", ….
-        ranges: of every layer, where it was kept in fp16's range.
-    """
-
-    text: str
-    tokens: int
-    seed: int
-    methods: tuple[str, ...]
-    ranges: tuple[LayerRange, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison(Record):
-    """A measured difference and its limit; `value` None is one that is not finite, and never passes."""
-
-    name: str
-    case: str
-    metric: str
-    value: float | None
-    limit: float
-    passed: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parity(Record):
-    """The gate's verdict and everything it compared."""
-
-    evaluated_by: str
-    passed: bool
-    comparisons: tuple[Comparison, ...] = ()
-
-    def report(self) -> dict[str, Any]:
-        """The JSON object of the commands `verify` and `selftest`."""
-        return {
-            "schema": 1,
-            "passed": self.passed,
-            "evaluated_by": self.evaluated_by,
-            "comparisons": [comparison.to_json() for comparison in self.comparisons],
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quality(Record):
-    """How well the bundle predicts a text, and how far it is from transformers in fp32 there.
-
-    Attributes:
-        text: the text's file name.
-        tokens: of the text that were run, in windows that know nothing of each other.
-        perplexity: exp of the mean −log p (nats) of each window's tokens from its second on.
-        reference_perplexity: that of transformers in fp32 on the same windows.
-        kl_mean, kl_p99: mean and 99th percentile of KL(transformers ‖ bundle) in nats over all positions.
-        top1: the fraction of positions, 0..1, where both find the same token most likely.
-    """
-
-    text: str
-    tokens: int
-    perplexity: float
-    reference_perplexity: float
-    kl_mean: float
-    kl_p99: float
-    top1: float
-
-    @property
-    def perplexity_increase(self) -> float:
-        """Of the perplexity over the reference's, in percent of that."""
-        return 100 * (self.perplexity / self.reference_perplexity - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +133,7 @@ class Manifest(Record):
     target: str
     precision: str
     quantization: Quantization | None = None
+    kv_cache: str | None = None
     calibration: Calibration | None = None
     opset: int
     max_length: int
@@ -231,6 +149,11 @@ class Manifest(Record):
     def activations(self) -> str:
         """The precision of activations and cache: "fp32", "fp16" or "bf16"."""
         return self.precision if self.quantization is None else self.quantization.activations
+
+    @property
+    def precisions(self) -> frozenset[str]:
+        """Every precision that a tensor of the graph has: of activations and cache, and of rounded weights."""
+        return frozenset((self.activations, *(self.quantization.matrices if self.quantization else ())))
 
     @classmethod
     def load(cls, directory: Path) -> Self:

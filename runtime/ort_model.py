@@ -17,7 +17,7 @@ from runtime.kv_cache import numpy_dtype
 from runtime.manifest import MODEL
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from onnxruntime import InferenceSession, SessionOptions
 
 # Neither each other's nor RuntimeError's relatives; what a binding raises, and what `run` does, differ.
 _ERRORS = (
@@ -93,7 +93,7 @@ def load_model(bundle: Bundle, device: str, threads: int | None) -> OrtModel:
             is out of range.
     """
     ort = import_onnxruntime()
-    if bundle.manifest.precision == "bf16":
+    if bundle.manifest.activations == "bf16":
         numpy_dtype("bfloat16")  # refused here, where the user reads why, not by a missing kernel
     if threads is not None and threads < 1:
         raise UserError(f"threads should be at least 1, not {threads}")
@@ -103,13 +103,12 @@ def load_model(bundle: Bundle, device: str, threads: int | None) -> OrtModel:
             f"this onnxruntime {ort.__version__} has no {provider}; "
             "pip uninstall onnxruntime, then pip install 'nemotron-export[gpu]', or use --device cpu"
         )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 4  # errors come as exceptions, and are told once
     errors: tuple[type[Exception], ...] = tuple(getattr(ort.capi.onnxruntime_pybind11_state, n) for n in _ERRORS)
     try:
         model: InferenceSession = ort.InferenceSession(
-            bundle.file(MODEL), options, providers=[provider, *({_PROVIDERS["cpu"]} - {provider})]
+            bundle.file(MODEL),
+            _options(ort, bundle, threads),
+            providers=[provider, *({_PROVIDERS["cpu"]} - {provider})],
         )
     except errors as error:
         reason = " ".join(str(error).split())[:300]
@@ -124,3 +123,16 @@ def load_model(bundle: Bundle, device: str, threads: int | None) -> OrtModel:
         )
     name = cpu_name() if device == "cpu" else cuda_name()
     return OrtModel(bundle, model, f"onnxruntime-{device}", str(ort.__version__), name, (RuntimeError, *errors))
+
+
+def _options(ort: ModuleType, bundle: Bundle, threads: int | None) -> SessionOptions:
+    """How the graph is loaded; what concerns DequantizeLinear is of target `tensorrt`, whose weights it reads."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 4  # errors come as exceptions, and are told once
+    # Else a product with int4 rounds its activations to 8 bits, which the graph does not ask for.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if "fp8" in bundle.manifest.precisions:
+        # There is no product with fp8: else every weight is dequantised anew at each step, not once when loaded.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options

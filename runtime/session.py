@@ -110,10 +110,11 @@ def open_session(
         from runtime.trt_session import TrtSession
 
         return TrtSession(opened, chosen=chosen, slots=slots, capacity=capacity)
-    if device == "cuda" and opened.manifest.target == "onnxruntime" and opened.manifest.precision == "fp32":
+    if device == "cuda" and opened.manifest.target == "onnxruntime" and opened.manifest.activations == "fp32":
         raise UserError(
-            f"{opened.path} is fp32, and ONNX Runtime's grouped attention on CUDA takes 16 bit only: it would run on "
-            "the CPU, its cache carried over at every step; use --device cpu, or export --target tensorrt"
+            f"{opened.path} has fp32 activations, and ONNX Runtime's grouped attention on CUDA takes 16 bit only: it "
+            "would run on the CPU, its cache carried over at every step; use --device cpu, or export with fp16 "
+            "activations (--precision fp16, or those of a --recipe)"
         )
     from runtime.ort_session import OrtSession
 

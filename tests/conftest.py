@@ -40,6 +40,15 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def int8_cache_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained checkpoint with a cache of int8, exported, gated and measured. Tests must not write into it."""
+    from exporter.export import ExportOptions, export
+
+    place = tmp_path_factory.mktemp("exported") / "tiny-int8-cache"
+    return export(TINY, place, ExportOptions(kv_cache="int8")).bundle
+
+
+@pytest.fixture(scope="session")
 def tensorrt_bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tensorrt_bundle_of(precision)`: the trained checkpoint for TensorRT, not gated. Tests must not write into it."""
     from exporter.export import ExportOptions, export

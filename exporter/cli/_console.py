@@ -15,7 +15,7 @@ import click
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from runtime.manifest import Comparison
+    from runtime.measured import Calibration, Comparison
 
 Progress = Callable[[str, int, int], None]
 
@@ -44,6 +44,17 @@ def print_table(rows: Sequence[Sequence[str]], indent: str = "  ") -> None:
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         click.echo(indent + "  ".join(cells).rstrip())
+
+
+def describe_calibration(calibration: Calibration | None) -> str:
+    """What was chosen by which text, and the largest magnitude of any layer before and after it was scaled."""
+    if calibration is None:
+        return ""
+    told = f"{', '.join(calibration.methods)} by {calibration.tokens} tokens of {calibration.text}"
+    if not calibration.ranges:
+        return told
+    before, after = (max(getattr(layer, when) for layer in calibration.ranges) for when in ("before", "after"))
+    return f"{told}; largest magnitude in fp16 {after:.4g}, before scaling {before:.4g}"
 
 
 def print_comparisons(comparisons: Sequence[Comparison]) -> None:

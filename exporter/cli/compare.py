@@ -14,7 +14,7 @@ from exporter.cli._options import PATH, json_option
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
-    from runtime.manifest import Quality
+    from runtime.measured import Quality
 
 NEW_TOKENS = 64
 PROMPT_TOKENS = 8

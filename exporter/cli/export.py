@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.cli._console import emit_json, note, print_comparisons, print_facts, size, stages, writing
+from exporter.cli._console import (
+    describe_calibration,
+    emit_json,
+    note,
+    print_comparisons,
+    print_facts,
+    size,
+    stages,
+    writing,
+)
 from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options, json_option
 
 if TYPE_CHECKING:
@@ -22,6 +31,7 @@ TASKS = (
     "question-answering",
 )
 TARGETS = ("onnxruntime", "tensorrt")
+KV_CACHES = ("int8",)
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 INPUTS = ("ids", "embeds")
 
@@ -44,7 +54,29 @@ INPUTS = ("ids", "embeds")
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
-    help="How fp8, int8 and int4 round: plain, fine, compact, mixed, or a .toml file.  [default: plain]",
+    help="How matrices are rounded: plain, fine, compact, mixed, aware, balanced, or a .toml file.  [default: plain]",
+)
+@click.option(
+    "--kv-cache",
+    type=click.Choice(KV_CACHES),
+    help="Round the key/value cache to it.  [default: the activations' dtype]",
+)
+@click.option(
+    "--calibration", type=PATH, help="Text to choose scales, codes and ranges by.  [default: calibration.txt]"
+)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=2),
+    default=16384,
+    show_default=True,
+    help="Tokens of it to run.",
+)
+@click.option("--calibration-seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which of them.")
+@click.option(
+    "--fp16-safe/--no-fp16-safe",
+    default=True,
+    show_default=True,
+    help="Scale what would leave fp16's range on the calibration text, the function unchanged.",
 )
 @click.option("--eval-text", type=PATH, help="Text to measure the precision's cost on.  [default: heldout.txt]")
 @click.option(
@@ -124,6 +156,8 @@ def print_export(result: ExportResult) -> None:
             ("bundle", f"{result.bundle} ({size(sum(file.bytes for file in manifest.files.values()))})"),
             ("passes", ", ".join(f"{record.name} ×{record.count}" for record in manifest.passes)),
             ("attention", manifest.lowering.attention if manifest.lowering else None),
+            ("cache", manifest.kv_cache),
+            ("calibration", describe_calibration(manifest.calibration)),
             ("fallbacks", "; ".join(manifest.lowering.fallbacks) if manifest.lowering else None),
             ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items())),
             ("peak memory", size(result.peak_rss_mb * 1e6)),

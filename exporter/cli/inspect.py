@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exporter.cli._checkpoint_facts import describe_checkpoint
-from exporter.cli._console import emit_json, note, print_comparisons, print_facts, print_table, size
+from exporter.cli._console import (
+    describe_calibration,
+    emit_json,
+    note,
+    print_comparisons,
+    print_facts,
+    print_table,
+    size,
+)
 from exporter.cli._options import PATH, json_option
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
-
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @click.command()
@@ -66,10 +72,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
 
 def _cache_bytes_per_token(bundle: Bundle) -> int | None:
     """What one more token of one row takes in the cache; None for a graph without one."""
-    if not bundle.has_cache:
-        return None
-    cache = bundle.cache_geometry
-    return 2 * cache.layers * cache.kv_heads * cache.head_dim * _ITEM_BYTES[cache.dtype]
+    return bundle.cache_geometry.bytes_per_token if bundle.has_cache else None
 
 
 def _golden(bundle: Bundle) -> dict[str, Any] | None:
@@ -90,7 +93,6 @@ def _golden(bundle: Bundle) -> dict[str, Any] | None:
 def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
     manifest, parity, golden = bundle.manifest, bundle.manifest.parity, facts["golden"]
     lowering = manifest.lowering
-    cache = facts["cache_bytes_per_token"]
     print_facts(
         [
             ("bundle", f"{bundle.path} ({size(facts['bytes'])})"),
@@ -100,10 +102,8 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
             ("task", manifest.task),
             ("target", f"{manifest.target}, {manifest.precision}, opset {manifest.opset}"),
             ("max length", f"{manifest.max_length} tokens"),
-            (
-                "cache",
-                f"{size(cache)} per token, {size(cache * manifest.max_length)} per full row" if cache else "none",
-            ),
+            ("cache", _cache_line(bundle)),
+            ("calibration", describe_calibration(manifest.calibration)),
             ("passes", ", ".join(f"{record.name} ×{record.count}" for record in manifest.passes)),
             ("attention", lowering and ", ".join((lowering.attention, *lowering.fallbacks))),
             ("engines", ", ".join(engine.path for engine in manifest.engines) or "none"),
@@ -115,6 +115,15 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
         print_comparisons(parity.comparisons)
     click.echo(click.style("files", bold=True))
     print_table([(name, size(record.bytes)) for name, record in manifest.files.items()])
+
+
+def _cache_line(bundle: Bundle) -> str:
+    if not bundle.has_cache:
+        return "none"
+    cache = bundle.cache_geometry
+    row = cache.bytes_per_token * bundle.manifest.max_length
+    rounded = bundle.manifest.kv_cache or cache.dtype
+    return f"{size(cache.bytes_per_token)} per token, {size(row)} per full row ({rounded})"
 
 
 def _golden_line(golden: dict[str, Any] | None) -> str:

@@ -25,6 +25,7 @@ _DTYPES = {
     ir.DataType.INT32: torch.int32,
     ir.DataType.BOOL: torch.bool,
     ir.DataType.UINT8: torch.uint8,
+    ir.DataType.INT8: torch.int8,
     ir.DataType.INT4: torch.int8,  # in a byte each
     ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
 }
@@ -60,7 +61,7 @@ def compile_graph(model: ir.Model) -> Program:
         attributes = Attributes(node)
         compute = OPERATORS[key](attributes)
         attributes.finish()
-        edges = tuple(_edge(value, _result_dtype(node, dtypes)) for value in node.outputs)
+        edges = tuple(_edge(value, _result_dtype(node, place, dtypes)) for place, value in enumerate(node.outputs))
         dtypes |= {edge.name: edge.dtype for edge in edges}
         inputs = tuple(None if value is None else _name(value) for value in node.inputs)
         steps.append(Step(attributes.label, inputs, edges, compute))
@@ -75,15 +76,18 @@ def _edge(value: ir.Value, dtype: torch.dtype) -> Edge:
     return Edge(_name(value), dtype)
 
 
-def _result_dtype(node: ir.Node, dtypes: dict[str, torch.dtype]) -> torch.dtype:
-    """The dtype that ONNX gives a node's outputs: that of its first input, but for a few."""
+def _result_dtype(node: ir.Node, place: int, dtypes: dict[str, torch.dtype]) -> torch.dtype:
+    """The dtype that ONNX gives a node's output: that of its first input, but for a few."""
     if node.op_type == "Cast":
         return _torch_dtype(ir.DataType(node.attributes["to"].as_int()), f"Cast {node.outputs[0].name}")
     if node.op_type == "Shape":
         return torch.int64
     if node.op_type in _BOOLEAN:
         return torch.bool
-    typed = node.inputs[_TYPED_BY.get(node.op_type, 0)]
+    if node.op_type == "GroupQueryAttention" and place:
+        typed = node.inputs[2 + place]  # present has the past's
+    else:
+        typed = node.inputs[_TYPED_BY.get(node.op_type, 0)]
     assert typed is not None
     return dtypes[_name(typed)]
 

@@ -13,8 +13,15 @@ from exporter.evaluate.onnx_quantized import dequantized, from_blocks
 from exporter.parameters import role_of
 from exporter.rounding import VALUES
 from exporter.scaling import Scaling
+from runtime.bundle import Bundle
+from runtime.manifest import MODEL
 
 Tensor = torch.Tensor
+
+
+def weights_of(bundle: Bundle, scaling: Scaling) -> dict[str, Callable[[], Tensor]]:
+    """The matrices that a bundle rounds, as `rounded_weights` has them; the others are the checkpoint's."""
+    return rounded_weights(ir.load(bundle.file(MODEL)).graph, scaling) if bundle.manifest.quantization else {}
 
 
 def rounded_weights(graph: ir.Graph, scaling: Scaling) -> dict[str, Callable[[], Tensor]]:

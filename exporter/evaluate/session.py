@@ -26,22 +26,28 @@ from runtime.session import Floats, Ints, Session
 from runtime.steps import Limits, Step, check_allocation, contract_of
 from runtime.tensorrt_api import FLAVORS, import_tensorrt
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-class _Cache(Protocol):
+class Cache(Protocol):
+    """Keys and values [slots, kv_heads, capacity, head_dim] of `layers` layers, as the graph has them."""
+
     layers: int
 
-    def read(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]: ...
+    def read(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """A layer's keys and values."""
+        ...
 
-    def write(self, layer: int, key: NDArray[Any], value: NDArray[Any]) -> None: ...
+    def write(self, layer: int, key: NDArray[Any], value: NDArray[Any]) -> None:
+        """Fill one layer's keys and values."""
+        ...
 
 
 class CachedSession(Session, Protocol):
     """A session whose cache can be read and written: keys and values [slots, kv_heads, capacity, head_dim]."""
 
     @property
-    def cache(self) -> _Cache:
+    def cache(self) -> Cache:
         """The cache that steps update in place."""
         ...
 
@@ -59,7 +65,7 @@ class EvaluatedCache:
         }
 
     def read(self, layer: int) -> tuple[Floats, Floats]:
-        """A layer's keys and values [slots, kv_heads, capacity, head_dim] in fp32, which holds every value exactly."""
+        """A layer's keys and values [slots, kv_heads, capacity, head_dim] in fp32, which holds every number exactly."""
         key, value = (self.tensors[name].float().numpy() for name in past_names(layer))
         return key, value
 

@@ -13,9 +13,10 @@ import onnx_ir as ir
 
 from exporter.lowering.mask_contract import adopt_mask, keep_last_tokens
 from exporter.passes.base import has_cache
-from plugins.onnxruntime import CONTRIB_DOMAIN, GROUP_QUERY_ATTENTION, CannotLower
+from plugins.onnxruntime import CONTRIB_DOMAIN, GROUP_QUERY_ATTENTION, CannotLower, quantize_cache
 from plugins.ops import DOMAIN, is_fused
 from plugins.standard import ATTENTION, lower_to_masked_attention, lower_to_standard_attention
+from runtime.cache_scales import CacheScales
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, WRITE_INDICES
 from runtime.errors import UserError
 
@@ -37,10 +38,11 @@ class Form:
 
 @dataclass(frozen=True)
 class Target:
-    """The forms of graphs with a cache and without."""
+    """The forms of graphs with a cache and without, and the dtypes of a cache that is not as activations are."""
 
     cached: Form
     uncached: Form
+    kv_caches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ TARGETS = {
         # The newest opset that every consumer of these graphs reads; no operator in them has changed its meaning since.
         cached=Form(GROUP_QUERY_ATTENTION, {"": 21, CONTRIB_DOMAIN: 1}, adopt_mask),
         uncached=Form(ATTENTION, {"": 23}, _to_masked_attention_and_last_logits),
+        kv_caches=("int8",),
     ),
     "tensorrt": Target(
         cached=Form(ATTENTION, {"": 24}, _to_standard_attention),
@@ -81,8 +84,14 @@ TARGETS = {
 }
 
 
-def lower(model: ir.Model, name: str, layers: int) -> Lowered:
+def lower(model: ir.Model, name: str, layers: int, scales: CacheScales | None = None) -> Lowered:
     """Lower a fused graph in place; a graph already lowered stays as it is.
+
+    Args:
+        model: the fused graph.
+        name: one of `TARGETS`.
+        layers: attentions that it must have.
+        scales: of an int8 cache; None for one of the activations' dtype.
 
     Raises:
         UserError: an unknown target, or a model that the target's operators cannot express.
@@ -105,4 +114,6 @@ def lower(model: ir.Model, name: str, layers: int) -> Lowered:
     lowered = sum(node.op_type == form.attention for node in model.graph)
     if lowered != layers:
         raise UserError(f"target {name}: {lowered} attentions for {layers} layers; nothing was exported")
+    if scales is not None:
+        quantize_cache(model.graph, list(zip(scales.keys, scales.values, strict=True)))
     return Lowered(form.attention, form.opsets[""], tuple(fallbacks))

@@ -19,7 +19,8 @@ from exporter.quality import check_limits, logits_of, measure
 from exporter.reference import Reference
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed, UserError
-from runtime.manifest import Manifest, Quality
+from runtime.manifest import Manifest
+from runtime.measured import Quality
 from runtime.session import open_session
 
 WINDOWS = np.random.default_rng(0).integers(0, 97, (3, 10))

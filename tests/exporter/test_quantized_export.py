@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import write_checkpoint
 
 from exporter.checkpoint import Checkpoint
-from exporter.evaluate.rounded import rounded_weights
+from exporter.evaluate.rounded import weights_of
 from exporter.export import ExportOptions, export
 from exporter.scaling import Scaling
 from exporter.verify import gate
@@ -20,7 +19,7 @@ from runtime import load
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden, selftest
-from runtime.manifest import GOLDEN, MODEL
+from runtime.manifest import GOLDEN
 
 SMALL_BLOCKS = "block = 32\n"
 
@@ -52,12 +51,47 @@ def test_an_onnxruntime_bundle_of_few_bits_is_checked_measured_and_runs(
     assert manifest.quality is not None
     assert 0 < manifest.quality.kl_mean < most
     original = Checkpoint.open(small_checkpoint)
-    for name, read in rounded_weights(ir.load(bundle.file(MODEL)).graph, Scaling(original.spec)).items():
+    for name, read in weights_of(bundle, Scaling(original.spec)).items():
         weight = original.read(name)
         assert torch.corrcoef(torch.stack([read().flatten(), weight.flatten()]))[0, 1] > 0.99
     assert selftest(bundle.path).passed
     assert Golden.load(bundle.file(GOLDEN)).limit < 1
     assert load(bundle.path).generate("t5 t7", max_new_tokens=3).sequences[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("options", "cases"),
+    [
+        ({"output_hidden_states": True}, {("hidden_states", "padded right")}),
+        ({"position_ids": True}, {("logits", "given positions")}),
+        ({"inputs": "embeds", "output_hidden_states": True}, {("hidden_states", "padded right")}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_graph_hands_out_or_takes_besides_is_checked_on_the_rounded_weights(
+    options: dict[str, Any], cases: set[tuple[str, str]], small_checkpoint: Path, tmp_path: Path, quick: None
+) -> None:
+    blocks = tmp_path / "small.toml"
+    blocks.write_text(SMALL_BLOCKS, encoding="utf-8")
+    bundle = exported(small_checkpoint, tmp_path / "bundle", precision="int4", recipe=str(blocks), **options)
+    assert bundle.manifest.parity is not None
+    assert bundle.manifest.parity.passed
+    rows = {(c.name, c.case): c.limit for c in bundle.manifest.parity.comparisons if c.metric == "max_abs"}
+    assert {rows[case] for case in cases} == {1e-4}  # int4 of the checkpoint's own weights is off by far more
+    assert load(bundle.path).generate("t5 t7", max_new_tokens=3).sequences[0].token_ids
+
+
+def test_factors_leave_what_is_handed_out_as_it_is(small_checkpoint: Path, tmp_path: Path, quick: None) -> None:
+    """Those of the head would divide the last norm's output, which is the last of the hidden states."""
+    recipe = tmp_path / "scaled.toml"
+    recipe.write_text(f"{SMALL_BLOCKS}scaling = true\n", encoding="utf-8")
+    options = {"precision": "int4", "recipe": str(recipe), "output_hidden_states": True}
+    bundle = exported(small_checkpoint, tmp_path / "bundle", **options)
+    factors = Scaling.load(bundle.path, Checkpoint.open(small_checkpoint).spec).factors
+    assert len(factors) == 8
+    assert all(name.startswith("model.layers.") for name in factors)
+    assert bundle.manifest.parity is not None
+    assert bundle.manifest.parity.passed
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -121,6 +155,10 @@ def test_a_passed_limit_leaves_no_bundle(small_checkpoint: Path, tmp_path: Path,
     [
         ({"precision": "int8"}, "an embedding of 64 is not a whole number of blocks of 128"),
         ({"precision": "int4", "cache": False}, "--precision int4 is of text-generation with a cache"),
+        (
+            {"precision": "int4", "target": "tensorrt", "output_hidden_states": True},
+            "--output-hidden-states is not carried by target tensorrt for text generation with a cache",
+        ),
         ({"precision": "int4", "target": "tensorrt"}, "64 input features is not a whole number of blocks of 128"),
         ({"precision": "int8", "target": "tensorrt"}, "TensorRT dequantises int8"),
         ({"precision": "fp32", "max_kl": 0.1}, "--max-kl and --max-perplexity-increase are of text generation below"),

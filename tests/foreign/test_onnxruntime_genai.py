@@ -37,14 +37,16 @@ print(json.dumps([[int(token) for token in generator.get_sequence(row)][longest:
     [["Complete the paragraph: our solar system is"], ["Complete the paragraph: our solar system is", "The Sun"]],
     ids=["one prompt", "a right-padded batch"],
 )
-def test_greedy_tokens_are_ours(tiny_bundle: Path, prompts: list[str]) -> None:
-    model = load(tiny_bundle)
+@pytest.mark.parametrize("cache", ["of the activations' dtype", "of int8"])
+def test_greedy_tokens_are_ours(request: pytest.FixtureRequest, cache: str, prompts: list[str]) -> None:
+    bundle: Path = request.getfixturevalue("int8_cache_bundle" if cache == "of int8" else "tiny_bundle")
+    model = load(bundle)
     ids = [model.tokenizer.encode(prompt) for prompt in prompts]
     ours = model.generate(ids, greedy=True, max_new_tokens=NEW).sequences
-    pad = json.loads((tiny_bundle / "genai_config.json").read_text())["model"]["pad_token_id"]
+    pad = json.loads((bundle / "genai_config.json").read_text())["model"]["pad_token_id"]
 
     python = environment("genai", REQUIREMENTS) / "python"
-    printed = run([python, "-c", SCRIPT, tiny_bundle, json.dumps(ids), str(NEW), str(pad)])
+    printed = run([python, "-c", SCRIPT, bundle, json.dumps(ids), str(NEW), str(pad)])
     theirs = json.loads(printed)
     assert len(theirs) == len(prompts)
     for sequence, tokens in zip(ours, theirs, strict=True):

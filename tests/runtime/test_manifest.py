@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import UserError
-from runtime.manifest import Comparison, Manifest
+from runtime.manifest import Manifest
+from runtime.measured import Comparison
 
 
 def edit(directory: Path, **changes: object) -> None:

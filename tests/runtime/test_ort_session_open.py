@@ -15,6 +15,7 @@ from corruptions import redescribe
 from runtime.bundle import Bundle
 from runtime.contract import past_names, present_names
 from runtime.errors import UserError
+from runtime.manifest import Quantization
 from runtime.ort_session import OrtSession
 from runtime.session import open_session
 
@@ -66,6 +67,20 @@ def test_without_its_cuda_provider_the_extra_is_named(bundle_dir: Path, monkeypa
 def test_fp32_attention_does_not_silently_leave_the_gpu(bundle_dir: Path) -> None:
     with pytest.raises(UserError, match=r"CUDA takes 16 bit only: .* use --device cpu"):
         open_session(bundle_dir, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("activations", "message"), [("fp32", "fp32 activations, .* 16 bit only"), ("fp16", "no CUDA")]
+)
+def test_on_a_gpu_activations_decide_not_the_name_of_the_precision(
+    bundle_dir: Path, activations: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    bundle = Bundle.open(bundle_dir)
+    rounded = Quantization(recipe="plain", activations=activations, matrices={"int4": 14})
+    manifest = replace(bundle.manifest, precision="int4", quantization=rounded)
+    with pytest.raises(UserError, match=message):
+        open_session(replace(bundle, manifest=manifest), device="cuda")
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from runtime.errors import UserError
-from runtime.manifest import Manifest, Quality, Source
+from runtime.manifest import Manifest, Source
+from runtime.measured import Quality
 
 QUALITY = Quality(
     text="heldout.txt", tokens=4096, perplexity=3.25, reference_perplexity=3.2, kl_mean=0.0123, kl_p99=0.456, top1=0.987

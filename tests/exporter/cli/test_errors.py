@@ -122,7 +122,7 @@ def test_a_package_that_is_not_installed_is_named_with_the_command_that_adds_it(
         (["export"], ["CHECKPOINT", "nemotron-export export --help"]),
         (["export", ".", "--task", "summarization"], ["'summarization'", "'text-generation'"]),
         (["export", ".", "--target", "openvino"], ["'openvino'", "'onnxruntime'"]),
-        (["export", ".", "--precision", "fp8"], ["'fp8'", "'fp32'"]),
+        (["export", ".", "--precision", "fp4"], ["'fp4'", "'fp32', 'fp16', 'bf16', 'fp8', 'int8', 'int4'"]),
         (["export", ".", "--max-length", "0"], ["--max-length", "x>=1"]),
         (["generate", "b", "-p", "x", "--backend", "cuda"], ["'cuda'", "'auto', 'onnxruntime', 'tensorrt'"]),
         (["generate", "b", "-p", "x", "--temprature", "1"], ["--temprature", "--temperature"]),

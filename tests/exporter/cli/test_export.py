@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from runtime.errors import CheckFailed
-from runtime.manifest import Comparison, FileRecord, Graph, Lowering, Manifest, Parity, PassRecord, Source
+from runtime.manifest import FileRecord, Graph, Lowering, Manifest, PassRecord, Source
+from runtime.measured import Comparison, Parity
 
 ROOT = Path(__file__).parents[3]
 PARITY = Parity(
@@ -88,6 +89,16 @@ def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
         "position_ids": False,
         "output_hidden_states": False,
         "output_attentions": False,
+        "recipe": None,
+        "kv_cache": None,
+        "calibration": None,
+        "calibration_tokens": 16384,
+        "calibration_seed": 0,
+        "fp16_safe": True,
+        "eval_text": None,
+        "eval_tokens": 4096,
+        "max_kl": None,
+        "max_perplexity_increase": None,
         "verify": True,
         "force": False,
         "adapter": None,
@@ -96,21 +107,36 @@ def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
 
 
 def test_every_flag_arrives(cli, exporter, tmp_path):
-    flags = "--task text-generation --target onnxruntime --precision fp32 --max-length 64 --no-verify --force"
+    flags = "--task text-generation --target tensorrt --precision int4 --max-length 64 --no-verify --force"
     more = "--no-cache --inputs embeds --position-ids --output-hidden-states --output-attentions"
-    cli("export", tmp_path, tmp_path / "out", *flags.split(), *more.split(), "--adapter", tmp_path)
+    rounding = (
+        "--recipe fine --kv-cache int8 --calibration c.txt --calibration-tokens 512 --calibration-seed 3 --no-fp16-safe"
+    )
+    measured = "--eval-text e.txt --eval-tokens 256 --max-kl 0.1 --max-perplexity-increase 2"
+    every = " ".join((flags, more, rounding, measured)).split()
+    cli("export", tmp_path, tmp_path / "out", *every, "--adapter", tmp_path)
     _, bundle, options = exporter.asked[0]
     assert bundle == tmp_path / "out"
     assert options == {
         "task": "text-generation",
-        "target": "onnxruntime",
-        "precision": "fp32",
+        "target": "tensorrt",
+        "precision": "int4",
         "max_length": 64,
         "cache": False,
         "inputs": "embeds",
         "position_ids": True,
         "output_hidden_states": True,
         "output_attentions": True,
+        "recipe": "fine",
+        "kv_cache": "int8",
+        "calibration": Path("c.txt"),
+        "calibration_tokens": 512,
+        "calibration_seed": 3,
+        "fp16_safe": False,
+        "eval_text": Path("e.txt"),
+        "eval_tokens": 256,
+        "max_kl": 0.1,
+        "max_perplexity_increase": 2,
         "verify": False,
         "force": True,
         "adapter": tmp_path,
@@ -197,13 +223,49 @@ def test_without_torch_the_command_that_installs_it_is_named(command, tmp_path, 
 
 
 def test_the_choices_are_what_the_exporter_and_the_runtime_know():
-    from exporter import export, lowering, tasks
+    from exporter import lowering, plan, recipe, tasks
     from exporter.cli import _options
     from exporter.cli import export as command
     from runtime import session
 
     assert tuple(tasks.TASKS) == command.TASKS
-    assert export.INPUTS == command.INPUTS
-    assert tuple(lowering.TARGETS) == command.TARGETS
-    assert {p for target in lowering.TARGETS.values() for p in target.precisions} == set(command.PRECISIONS)
+    assert plan.INPUTS == command.INPUTS
+    assert tuple(lowering.TARGETS) == tuple(recipe.FORMS) == command.TARGETS
+    assert {name for target in lowering.TARGETS.values() for name in target.kv_caches} == set(command.KV_CACHES)
+    assert {name for forms in recipe.FORMS.values() for name in forms} == set(command.PRECISIONS)
     assert (session.BACKENDS, session.DEVICES) == (_options.BACKENDS, _options.DEVICES)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty; give a UTF-8 text file"),
+        (b"\xff\xfe\x00", "is not UTF-8 text (byte 0)"),
+        (b"Too short.", "less than one window of 256; give a longer text"),
+        (None, "is missing; give a UTF-8 text file"),
+    ],
+    ids=["empty", "binary", "short", "missing"],
+)
+def test_a_text_that_calibrates_nothing_is_one_line_and_leaves_nothing(
+    content, reason, cli, tiny_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("exporter.export.trace", None)  # what would take seconds is not begun
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    options = ("--kv-cache", "int8", "--calibration", text)
+    outcome = cli("export", tiny_checkpoint, tmp_path / "bundle", *options)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"error: {text} ")
+    assert reason in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_calibration_of_nothing_is_refused(cli, tiny_checkpoint, tmp_path):
+    outcome = cli("export", tiny_checkpoint, tmp_path / "bundle", "--calibration", "text.txt")
+    assert outcome.code == 2
+    assert outcome.err == (
+        "error: --calibration: --precision fp32 with recipe plain chooses nothing by a text; leave it out, or take "
+        "--recipe aware or --kv-cache int8\n"
+    )

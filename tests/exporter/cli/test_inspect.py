@@ -32,6 +32,14 @@ def test_a_bundle_tells_where_it_came_from_and_what_was_checked(cli, tiny_bundle
         assert words in outcome.out
 
 
+def test_a_rounded_cache_tells_what_a_token_takes_and_what_it_was_calibrated_on(cli, int8_cache_bundle):
+    assert "1.0 kB per token, 524.3 kB per full row (int8)" in cli("inspect", int8_cache_bundle).out
+    assert "kv cache by 16384 tokens of calibration.txt" in cli("inspect", int8_cache_bundle).out
+    report = json.loads(cli("inspect", int8_cache_bundle, "--json").out)
+    assert report["cache_bytes_per_token"] == 4 * 2 * 2 * 64
+    assert report["manifest"]["kv_cache"] == "int8"
+
+
 def test_the_json_of_a_bundle_carries_its_manifest(cli, tiny_bundle):
     report = json.loads(cli("inspect", tiny_bundle, "--json").out)
     assert (report["schema"], report["kind"]) == (1, "bundle")

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from runtime.manifest import Comparison, Parity
+from runtime.measured import Comparison, Parity
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from plugins.tensorrt_network import CAUSALITIES, attentions
 from runtime.bundle import Bundle
 from runtime.errors import UserError
 from runtime.golden import replay
-from runtime.manifest import Comparison
+from runtime.measured import Comparison
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 

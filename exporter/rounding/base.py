@@ -1,0 +1,113 @@
+"""Weights of few bits: how a matrix is rounded to the nearest point of a grid, and what the target's operator reads.
+
+A rounding turns one matrix [out_features, in_features] into the initializers that stand for it, its parts. One matrix
+is in memory at a time, and a slice of its rows in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+VALUES, SCALES, ZERO_POINTS = "values", "scales", "zero_points"
+BLOCKS = (32, 64, 128)
+_ROWS = 4096  # rounded at once
+
+Shape = tuple[int, ...]
+Parts = dict[str, tuple[ir.DataType | None, Shape]]
+
+
+class Rounding(Protocol):
+    """A grid, and the form in which a target's operator takes what was rounded to it."""
+
+    @property
+    def precision(self) -> str:
+        """Its name, as in recipes."""
+        ...
+
+    def parts(self, shape: Shape) -> Parts:
+        """Name, dtype (None: that of the activations) and shape of every part of a matrix [out, in].
+
+        Raises:
+            UserError: the operator cannot take a matrix of this shape.
+        """
+        ...
+
+    def apply(self, matrix: torch.Tensor) -> dict[str, NDArray[Any]]:
+        """Round a matrix [out, in] of any float dtype: every part as its bytes are stored, scales in float32."""
+        ...
+
+    def nearest(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The numbers, float32 [out, in], that a float32 matrix is about rounded to: to judge by, not to store."""
+        ...
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a block of each row may be rounded to: (code − zero) · scale, of codes 0 … top.
+
+    Attributes:
+        scale: float32 [out, 1], not 0.
+        zero: the code of 0, whole numbers in float32 [out, 1].
+        top: the largest code.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    top: int
+
+    def codes(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The nearest codes to numbers [out, n], in float32."""
+        return ((numbers / self.scale).round() + self.zero).clamp(0, self.top)
+
+    def numbers(self, codes: torch.Tensor) -> torch.Tensor:
+        """What codes [out, n] stand for."""
+        return (codes - self.zero) * self.scale
+
+
+class BlockRounding(Rounding, Protocol):
+    """A rounding whose blocks of in_features have a grid of their own, so that others may choose the codes."""
+
+    @property
+    def block(self) -> int:
+        """Weights that share a scale."""
+        ...
+
+    def grid(self, block: torch.Tensor) -> Grid:
+        """The grid of a block [out, up to `block`], float32."""
+        ...
+
+    def pack(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> dict[str, NDArray[Any]]:
+        """The parts of codes [out, in], whose blocks have these scales and zeros [out, blocks]."""
+        ...
+
+
+def nearest_points(rounding: BlockRounding, matrix: torch.Tensor) -> torch.Tensor:
+    """`Rounding.nearest` by the grids of blocks."""
+    import torch
+
+    found = []
+    for block in torch.split(matrix, rounding.block, 1):
+        grid = rounding.grid(block)
+        found.append(grid.numbers(grid.codes(block)))
+    return torch.cat(found, 1)
+
+
+def not_zero(scale: torch.Tensor) -> torch.Tensor:
+    """Scales of blocks of zeros are of no matter, but not 0."""
+    return scale.masked_fill(scale == 0, 1.0)
+
+
+def slices(matrix: torch.Tensor) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Slices of rows in fp32."""
+    for start in range(0, matrix.shape[0], _ROWS):
+        rows = slice(start, min(start + _ROWS, matrix.shape[0]))
+        yield rows, matrix[rows].float().numpy()
