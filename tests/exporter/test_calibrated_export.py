@@ -269,6 +269,19 @@ def test_a_text_where_nothing_is_chosen_by_one_is_refused(
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize(("data", "words"), [(b"", "is empty"), (b"t5 \0", "NUL"), (b"\xff", "not UTF-8")])
+def test_such_a_text_ends_the_command_with_one_line(
+    data: bytes, words: str, checkpoint: Path, tmp_path: Path, untraced: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_bytes(data)
+    options = ["--precision", "int4", "--recipe", "aware", "--calibration", str(text)]
+    assert run(["export", str(checkpoint), str(tmp_path / "bundle"), *options]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if "mine.txt" in line]
+    assert len(told) == 1
+    assert words in told[0]
+
+
 def test_a_method_that_there_is_not_ends_the_command_with_those_there_are(
     checkpoint: Path, tmp_path: Path, untraced: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

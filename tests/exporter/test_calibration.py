@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import transformers
 from checkpoints import SMALL, write_checkpoint
 from rescaled import Weights, rescaled
 
-from exporter.calibration import RESIDUAL, Calibration
+from exporter.calibration import RESIDUAL, Calibration, RoundedStream
 from exporter.checkpoint import Checkpoint
 from exporter.scaling import CONTEXT, DOWN, QKV, UP
 from runtime.errors import CheckFailed
@@ -40,11 +42,15 @@ def windows_of(n: int = 3, length: int = 20) -> np.ndarray:
 class Whole:
     """transformers' whole model in fp32 on the same windows, all at once."""
 
-    def __init__(self, checkpoint: Path, windows: np.ndarray) -> None:
+    def __init__(
+        self, checkpoint: Path, windows: np.ndarray, weights: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> None:
         architecture = Checkpoint.open(checkpoint).spec.architecture
         model = getattr(transformers, architecture).from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="eager"
         )
+        for name, weight in weights.items():
+            model.get_parameter(name).data.copy_(weight)
         base = model.eval().base_model
         self.read: list[dict[str, torch.Tensor]] = [{} for _ in base.layers]
         self.given: list[dict[str, torch.Tensor]] = [{} for _ in base.layers]
@@ -90,7 +96,40 @@ def test_each_layer_reads_and_gives_what_transformers_whole_model_has(case: str,
             same(layer.peaks[RESIDUAL], whole.residual[index + 1].abs().amax((0, 1)))
         seen += 1
     assert seen == SMALL["num_hidden_layers"]
-    same(calibration.head_input(), whole.head_input.flatten(0, 1))
+    same(calibration.head_input(calibration.hidden), whole.head_input.flatten(0, 1))
+
+
+def coarse(weight: torch.Tensor) -> torch.Tensor:
+    return (weight * 4).round() / 4
+
+
+@pytest.mark.parametrize("config", [{}, {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}], ids=str)
+def test_what_follows_rounded_matrices_reads_what_transformers_gives_it(config: dict[str, Any], tmp_path: Path) -> None:
+    """Each product is asked for when all matrices before it have been rounded, in its layer too."""
+    checkpoint, windows = write_checkpoint(tmp_path / "small", **config), windows_of()
+    calibration = Calibration(Checkpoint.open(checkpoint), windows)
+    stream = RoundedStream(calibration, coarse)
+    rounded = {"model.embed_tokens.weight": coarse(Checkpoint.open(checkpoint).read("model.embed_tokens.weight"))}
+    read: list[dict[str, torch.Tensor]] = []
+    exact = Whole(checkpoint, windows)
+    readers = {QKV: ("q", "k", "v"), CONTEXT: ("o",), UP: ("up",), DOWN: ("down",)}
+    for index, layer in enumerate(calibration.layers()):
+        same(layer.inputs[DOWN], exact.read[index][DOWN])  # the exact ones stay what they are
+        read.append({})
+        for product, short in readers.items():
+            read[index][product] = stream.inputs(layer.module, product)
+            for name in short:
+                inner = f"{product.split('.')[0]}.{name}_proj.weight"
+                layer.weights[inner].copy_(coarse(layer.weights[inner]))
+                rounded[f"model.layers.{index}.{inner}"] = layer.weights[inner].clone()
+        stream.advance(layer.module)
+    whole = Whole(checkpoint, windows, rounded)
+    for index, inputs in enumerate(read):
+        for product in PRODUCTS:
+            same(inputs[product], whole.read[index][product])
+            assert not torch.allclose(inputs[product], exact.read[index][product], atol=1e-2)
+    same(calibration.head_input(stream.hidden), whole.head_input.flatten(0, 1))
+    same(calibration.head_input(calibration.hidden), exact.head_input.flatten(0, 1))
 
 
 def test_windows_know_nothing_of_each_other(small_checkpoint: Path) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from exporter import gptq as module
 from exporter.evaluate.onnx_quantized import dequantized, from_blocks
-from exporter.gptq import gptq, inverse_factors
+from exporter.gptq import gptq, make_up, runs_of
 from exporter.rounding import SCALES, VALUES, ZERO_POINTS, BlockInt4, BlockNBits, BlockRounding
 
 BLOCKS: list[BlockRounding] = [
@@ -31,7 +31,7 @@ def product(out: int = 40, width: int = 256, tokens: int = 1000) -> tuple[torch.
 
 def rounded(matrix: torch.Tensor, inputs: torch.Tensor, rounding: BlockRounding) -> torch.Tensor:
     """What the parts of GPTQ stand for, float32 [out, in]."""
-    return numbers(gptq(matrix.clone(), inverse_factors(inputs), rounding), rounding, matrix.shape[1])
+    return numbers(gptq(matrix.clone(), runs_of(inputs, inputs), rounding), rounding, matrix.shape[1])
 
 
 def numbers(parts: dict[str, NDArray[Any]], rounding: BlockRounding, width: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_products_lose_less_than_by_the_nearest_point(rounding: BlockRounding) -
 @pytest.mark.parametrize("rounding", BLOCKS, ids=str)
 def test_the_parts_have_the_form_that_the_graph_declares(rounding: BlockRounding) -> None:
     matrix, inputs = product(5)  # of an odd number of rows
-    parts, nearest = gptq(matrix.clone(), inverse_factors(inputs), rounding), rounding.apply(matrix)
+    parts, nearest = gptq(matrix.clone(), runs_of(inputs, inputs), rounding), rounding.apply(matrix)
     assert {name: (array.shape, array.dtype) for name, array in parts.items()} == {
         name: (array.shape, array.dtype) for name, array in nearest.items()
     }
@@ -74,7 +74,7 @@ def test_the_parts_have_the_form_that_the_graph_declares(rounding: BlockRounding
 def test_a_last_block_that_is_not_whole_is_filled_up(width: int, symmetric: bool) -> None:
     matrix, inputs = product(width=width)
     rounding = BlockNBits(4, 32, symmetric)
-    parts = gptq(matrix.clone(), inverse_factors(inputs), rounding)
+    parts = gptq(matrix.clone(), runs_of(inputs, inputs), rounding)
     assert {name: array.shape for name, array in parts.items()} == {
         name: shape for name, (_, shape) in rounding.parts(tuple(matrix.shape)).items()
     }
@@ -87,10 +87,8 @@ def test_matrices_wider_than_a_gram_matrix_may_be_are_rounded_in_runs(most: int,
     monkeypatch.setattr(module, "WIDTH", most)
     matrix, inputs = product()
     rounding = BlockNBits(4, 64, False)
-    factors = inverse_factors(inputs)
-    assert [tuple(factor.shape) for factor in factors] == [
-        (min(most, 256 - start),) * 2 for start in range(0, 256, most)
-    ]
+    shapes = [tuple(run.inverse.shape) for run in runs_of(inputs, inputs)]
+    assert shapes == [(min(most, 256 - start),) * 2 for start in range(0, 256, most)]
     found = rounded(matrix, inputs, rounding)
     assert lost(matrix, found, inputs) < 0.8 * lost(matrix, rounding.nearest(matrix), inputs)
     for start in range(0, 256, most):  # each run by itself, as if the others were not there
@@ -150,3 +148,61 @@ def test_codes_are_those_of_columns_rounded_one_by_one_with_the_inverse_hessian(
         left[:, column:] -= error[:, None] * inverse[0]
     found = rounded(matrix, inputs, rounding).double().numpy()
     assert (np.abs(found - expected) < 1e-5).mean() > 0.99  # fp32 decides a tie otherwise, and what follows it
+
+
+@pytest.mark.parametrize("width", [256, 80])
+@pytest.mark.parametrize("rounding", BLOCKS[:4], ids=str)
+def test_the_matrix_is_left_as_the_numbers_that_it_was_rounded_to(rounding: BlockRounding, width: int) -> None:
+    """Layers that follow are calibrated by what it gives."""
+    matrix, inputs = product(width=width)
+    parts = gptq(matrix, runs_of(inputs, inputs), rounding)
+    torch.testing.assert_close(matrix, numbers(parts, rounding, width), rtol=1e-6, atol=1e-7)
+
+
+def off(inputs: torch.Tensor) -> torch.Tensor:
+    """What a matrix reads once what is before it is rounded: a little smaller, and noisier."""
+    return 0.95 * inputs + 0.05 * inputs.std() * torch.randn_like(inputs)
+
+
+def test_what_the_layers_before_are_off_by_is_made_up_for() -> None:
+    matrix, exact = product()
+    read = off(exact)
+    wanted = exact.double() @ matrix.double().T
+    changed = matrix.clone()
+    make_up(changed, runs_of(exact, read))
+    before, after = ((wanted - read.double() @ other.double().T).square().mean() for other in (matrix, changed))
+    assert after < 0.7 * before
+    rounding = BlockNBits(4, 32, False)
+    gptq(changed, runs_of(exact, read), rounding)
+    alone = matrix.clone()
+    gptq(alone, runs_of(exact, read), rounding)
+    before, after = ((wanted - read.double() @ other.double().T).square().mean() for other in (alone, changed))
+    assert after < before
+
+
+def test_how_much_is_made_up_for_is_part_of_the_way_to_least_squares(monkeypatch: Any) -> None:
+    """Ridge regression on what is left over, solved by numpy in fp64."""
+    matrix, exact = product(6, 64)
+    read = off(exact)
+    x, gap = read.double().numpy(), (exact - read).double().numpy()
+    gram = x.T @ x / len(x)
+    gram += np.eye(64) * module.DAMPING * np.diag(gram).mean()
+    expected = matrix.double().numpy() @ (gap.T @ x / len(x)) @ np.linalg.inv(gram)
+    make_up(changed := matrix.clone(), runs_of(exact, read))
+    np.testing.assert_allclose(
+        (changed - matrix).numpy(), module.MADE_UP * expected, atol=1e-4 * np.abs(expected).max()
+    )
+
+
+def test_a_matrix_that_reads_what_it_should_has_nothing_to_make_up_for() -> None:
+    matrix, inputs = product()
+    make_up(changed := matrix.clone(), runs_of(inputs, inputs))
+    assert torch.equal(changed, matrix)
+
+
+def test_factors_of_columns_are_those_by_which_what_they_read_is_smaller() -> None:
+    _, exact = product()
+    read, factor = off(exact), 2.0 ** torch.randint(-8, 9, (256,)).float()
+    for ours, divided in zip(runs_of(exact, read, factor), runs_of(exact / factor, read / factor), strict=True):
+        assert torch.equal(ours.inverse, divided.inverse)
+        assert torch.equal(ours.shift, divided.shift)
