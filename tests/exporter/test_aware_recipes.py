@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
-from rescaled import Weights, powers_of_two, rescaled
+from rescaled import rescale_channels, rescaled
 
 from exporter.export import ExportOptions, export
 from exporter.spec import NemotronSpec
@@ -21,28 +21,11 @@ pytestmark = pytest.mark.slow
 
 Exported = Callable[..., Bundle]
 TARGETS = ("onnxruntime", "tensorrt")
-MOST = 10  # channels are up to 2^10 larger or smaller
-
-
-def rescale(weights: Weights) -> None:
-    """Channels of random sizes, the function the same: norms and readers, values and o_proj, up_proj and down_proj."""
-    hidden, wide = weights.config["hidden_size"], weights.config["intermediate_size"]
-    values = weights.config["num_key_value_heads"] * weights.config["head_dim"]
-    for seed, prefix in enumerate(weights.each_layer()):
-        qkv = [f"{prefix}self_attn.{name}_proj" for name in "qkv"]
-        weights.scale_norm(f"{prefix}input_layernorm", qkv, powers_of_two(hidden, -MOST, MOST, 10 * seed))
-        readers = [f"{prefix}mlp.up_proj"]
-        weights.scale_norm(
-            f"{prefix}post_attention_layernorm", readers, powers_of_two(hidden, -MOST, MOST, 10 * seed + 1)
-        )
-        weights.scale_values(prefix, powers_of_two(values, -MOST, MOST, 10 * seed + 2))
-        weights.scale_squares(prefix, powers_of_two(wide, -MOST // 2, MOST // 2, 10 * seed + 3))
-    weights.scale_norm("model.norm", ["lm_head"], powers_of_two(hidden, -MOST, MOST, 99))
 
 
 @pytest.fixture(scope="module")
 def rescaled_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return rescaled(tiny_checkpoint, tmp_path_factory.mktemp("checkpoints") / "rescaled", rescale)
+    return rescaled(tiny_checkpoint, tmp_path_factory.mktemp("checkpoints") / "rescaled", rescale_channels)
 
 
 @pytest.fixture(scope="module")

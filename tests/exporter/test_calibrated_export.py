@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpoints import SMALL, write_checkpoint
 from refusals import assert_tells, snapshot
-from rescaled import Weights, powers_of_two, rescaled, write_texts
+from rescaled import rescale_channels, rescaled, write_texts
 
 from exporter.checkpoint import Checkpoint
 from exporter.cli import run
@@ -75,22 +75,10 @@ def test_a_bundle_of_scaled_channels_and_chosen_codes_is_the_checkpoint_rounded_
     assert load(bundle.path).generate("t5 t7", max_new_tokens=3).sequences[0].token_ids
 
 
-def rescale(weights: Weights) -> None:
-    """Channels up to 2^10 larger or smaller, the function the same."""
-    for seed, prefix in enumerate(weights.each_layer()):
-        qkv = [f"{prefix}self_attn.{name}_proj" for name in "qkv"]
-        weights.scale_norm(f"{prefix}input_layernorm", qkv, powers_of_two(64, -10, 10, 10 * seed))
-        up = [f"{prefix}mlp.up_proj"]
-        weights.scale_norm(f"{prefix}post_attention_layernorm", up, powers_of_two(64, -10, 10, 10 * seed + 1))
-        weights.scale_values(prefix, powers_of_two(64, -10, 10, 10 * seed + 2))
-        weights.scale_squares(prefix, powers_of_two(96, -5, 5, 10 * seed + 3))
-    weights.scale_norm("model.norm", ["lm_head"], powers_of_two(64, -10, 10, 99))
-
-
 def test_no_scale_of_a_checkpoints_channels_makes_the_choice_worse(
     checkpoint: Path, tmp_path: Path, quick: None
 ) -> None:
-    other = rescaled(checkpoint, tmp_path / "rescaled", rescale)
+    other = rescaled(checkpoint, tmp_path / "rescaled", rescale_channels)
     plain = exported(other, tmp_path / "plain", recipe="plain")
     original, chosen = (exported(path, tmp_path / f"{path.name}-bundle") for path in (checkpoint, other))
     assert quality(plain) > 10 * quality(original)  # what such channels do to a plain grid

@@ -61,6 +61,20 @@ def rescaled(source: Path, destination: Path, change: Callable[[Weights], None])
     return destination
 
 
+def rescale_channels(weights: Weights, most: int = 10) -> None:
+    """Channels of random sizes, up to 2^most larger or smaller: of norms, values, what is squared, and the head."""
+    hidden, wide = weights.config["hidden_size"], weights.config["intermediate_size"]
+    values = weights.config["num_key_value_heads"] * weights.config["head_dim"]
+    for seed, prefix in enumerate(weights.each_layer()):
+        norm, qkv = f"{prefix}input_layernorm", [f"{prefix}self_attn.{name}_proj" for name in "qkv"]
+        weights.scale_norm(norm, qkv, powers_of_two(hidden, -most, most, 10 * seed))
+        norm, up = f"{prefix}post_attention_layernorm", [f"{prefix}mlp.up_proj"]
+        weights.scale_norm(norm, up, powers_of_two(hidden, -most, most, 10 * seed + 1))
+        weights.scale_values(prefix, powers_of_two(values, -most, most, 10 * seed + 2))
+        weights.scale_squares(prefix, powers_of_two(wide, -most // 2, most // 2, 10 * seed + 3))
+    weights.scale_norm("model.norm", ["lm_head"], powers_of_two(hidden, -most, most, 99))
+
+
 def powers_of_two(size: int, least: int, most: int, seed: int) -> Tensor:
     exponents = torch.randint(least, most + 1, (size,), generator=torch.Generator().manual_seed(seed))
     return exponents.float().exp2()
