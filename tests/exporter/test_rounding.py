@@ -7,10 +7,21 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from exporter.evaluate.onnx_quantized import dequantized, from_blocks
-from exporter.rounding import SCALES, VALUES, ZERO_POINTS, BlockInt4, BlockNBits, ChannelFp8
+from exporter.rounding import (
+    SCALES,
+    VALUES,
+    ZERO_POINTS,
+    BlockInt4,
+    BlockNBits,
+    BlockRounding,
+    ChannelFp8,
+    Rounding,
+)
 from runtime.errors import UserError
 
 
@@ -104,3 +115,79 @@ def test_a_matrix_of_no_whole_blocks_is_refused_for_tensorrt_and_padded_for_onnx
     x = np.eye(80, dtype=np.float32)
     product = run("MatMulNBits", parts, x, [80, 8], K=80, N=8, bits=4, block_size=32, accuracy_level=1)
     assert np.abs(product.T - weights.numpy()).max() < np.abs(parts[SCALES]).max()
+
+
+BLOCKED = [BlockNBits(4, 32, False), BlockNBits(4, 32, True), BlockNBits(8, 32, False), BlockNBits(8, 32, True)]
+NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32)
+
+
+@pytest.mark.parametrize("rounding", [*BLOCKED, BlockInt4(64)], ids=str)
+@settings(max_examples=40, deadline=None)
+@given(numbers=st.lists(NUMBERS, min_size=1, max_size=32))
+def test_a_code_stands_for_the_nearest_number_that_any_code_stands_for(
+    rounding: BlockRounding, numbers: list[float]
+) -> None:
+    block = torch.tensor([numbers])
+    grid = rounding.grid(block)
+    codes = grid.codes(block)
+    assert torch.equal(codes, codes.round())
+    every = grid.numbers(torch.arange(grid.top + 1).float()[None]).double()
+    assert bool(torch.isfinite(every).all())
+    least = (every[..., None] - block.double()[:, None]).abs().amin(1)
+    ours = (grid.numbers(codes).double() - block.double()).abs()
+    assert bool((ours <= least * 1.001 + grid.scale.abs().double() * 1e-5).all())
+    assert float(grid.numbers(grid.zero)) == 0  # what is not there must stay so
+    torch.testing.assert_close(rounding.nearest(block), grid.numbers(codes), rtol=0, atol=0)
+
+
+def parts_of_grids(rounding: BlockRounding, weights: torch.Tensor) -> tuple[dict[str, np.ndarray], torch.Tensor]:
+    """What the codes of each block's grid are packed to, and what they stand for."""
+    grids = [rounding.grid(block) for block in torch.split(weights, rounding.block, 1)]
+    codes = [grid.codes(block) for grid, block in zip(grids, torch.split(weights, rounding.block, 1), strict=True)]
+    scales, zeros = torch.cat([grid.scale for grid in grids], 1), torch.cat([grid.zero for grid in grids], 1)
+    numbers = torch.cat([grid.numbers(code) for grid, code in zip(grids, codes, strict=True)], 1)
+    return rounding.pack(torch.cat(codes, 1), scales, zeros), numbers
+
+
+@pytest.mark.parametrize("width", [256, 224, 80])
+@pytest.mark.parametrize("rounding", BLOCKED, ids=str)
+def test_codes_that_others_chose_mean_the_same_to_onnxruntime(rounding: BlockNBits, width: int) -> None:
+    weights = matrix(48, width)
+    parts, numbers = parts_of_grids(rounding, weights)
+    x = np.eye(width, dtype=np.float32)
+    options = {"bits": rounding.bits, "block_size": rounding.block, "accuracy_level": 1}
+    product = run("MatMulNBits", parts, x, [width, 48], K=width, N=48, **options)
+    np.testing.assert_allclose(product.T, numbers.numpy(), atol=1e-6)
+
+
+def test_codes_that_others_chose_mean_the_same_to_dequantize_linear() -> None:
+    rounding, weights = BlockInt4(64), matrix(47)
+    parts, numbers = parts_of_grids(rounding, weights)
+    packed = helper.make_tensor("values", TensorProto.INT4, [256, 47], parts[VALUES].tobytes(), raw=True)
+    graph = helper.make_graph(
+        [helper.make_node("DequantizeLinear", ["values", "scales"], ["y"], axis=0, block_size=64)],
+        "test",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [256, 47])],
+        [packed, numpy_helper.from_array(parts[SCALES], "scales")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(np.asarray(session.run(None, {})[0]).T, numbers.numpy())
+
+
+@pytest.mark.parametrize("rounding", [*BLOCKED, BlockInt4(64), ChannelFp8()], ids=str)
+def test_what_a_choice_is_judged_by_is_as_far_off_as_what_is_stored(rounding: Rounding) -> None:
+    weights = matrix()
+    parts = rounding.apply(weights)
+    values, scales = torch.from_numpy(parts[VALUES]), torch.from_numpy(parts[SCALES])
+    if isinstance(rounding, BlockNBits):
+        points = torch.from_numpy(parts[ZERO_POINTS]) if ZERO_POINTS in parts else None
+        stored = from_blocks(values, scales, points, rounding.bits, rounding.block)
+    elif isinstance(rounding, BlockInt4):
+        nibbles = torch.stack([values & 15, values >> 4], -1).reshape(256, 48).to(torch.int8)
+        stored = dequantized(torch.where(nibbles > 7, nibbles - 16, nibbles), scales, 0, 64).T
+    else:
+        stored = dequantized(values.view(torch.float8_e4m3fn), scales, 1, 0).T
+    judged, lost = ((other - weights).square().sum(1) for other in (rounding.nearest(weights), stored))
+    torch.testing.assert_close(judged, lost, rtol=0.05, atol=1e-9)
