@@ -20,7 +20,7 @@ from exporter.calibrated import Calibrated
 from exporter.calibration import Calibration, LayerActivations, RoundedStream
 from exporter.checkpoint import Checkpoint
 from exporter.fp16_range import keep_in_range
-from exporter.gptq import Run, gptq, make_up, runs_of
+from exporter.gptq import Coded, Run, gptq, make_up, runs_of
 from exporter.kv_scales import layer_scales
 from exporter.parameters import EMBEDDING, HEAD, LAYERS, weight_source
 from exporter.recipe import Precision
@@ -209,12 +209,9 @@ class _Run:
             make_up(matrix, runs)
             pieces.append(gptq(matrix, runs, rounding))
             weight[part] = self._scaling.undo(name, matrix, part).to(weight.dtype)
-        codes, scales, zeros = (
-            torch.cat([getattr(piece, name) for piece in pieces]) for name in ("codes", "scales", "zeros")
-        )
         self._scratch.mkdir(exist_ok=True)
         self._rounded[name] = self._scratch / f"{len(self._rounded)}.npz"
-        np.savez(self._rounded[name], **cast("dict[str, Any]", rounding.pack(codes, scales, zeros)))
+        np.savez(self._rounded[name], **cast("dict[str, Any]", Coded.joined(pieces).pack(rounding)))
 
     def _looked_up(self, rows: Tensor) -> Tensor:
         """What rows of the embedding are rounded to."""

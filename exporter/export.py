@@ -192,9 +192,14 @@ def _gate(directory: Path, checkpoint: Checkpoint, manifest: Manifest, progress:
     if failed:
         worst = failed[0]
         if worst.metric == NON_FINITE:
+            wider = (
+                'give a --recipe with activations = "bf16", which has the range of fp32'
+                if manifest.quantization
+                else "export with --precision bf16, which has the range of fp32, or fp32"
+            )
             raise CheckFailed(
-                f"{worst.name} is not finite in {manifest.precision}, the first of {worst.value:.0f} such tensors; "
-                "no bundle was written; export with --precision bf16, which has the range of fp32, or fp32"
+                f"{worst.name} is not finite in {manifest.activations}, the first of {worst.value:.0f} such tensors; "
+                f"no bundle was written; {wider}"
             )
         raise CheckFailed(
             f"the export is not the checkpoint's model: {len(failed)} of {len(result.parity.comparisons)} comparisons "

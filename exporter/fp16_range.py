@@ -19,7 +19,7 @@ from runtime.measured import LayerRange
 MOST = 65504.0  # the largest fp16
 HEADROOM = 8.0  # of what a factor can keep small: other texts reach further than the one calibrated on
 LEAST_HEADROOM = 2.0  # of what none can
-_NORMS = ("input_layernorm", "post_attention_layernorm")
+_NORMS = {"input_layernorm": QKV, "post_attention_layernorm": UP}
 _UP_GIVES, _SQUARED, _VALUES = "mlp.up_proj", "mlp.act_fn", "self_attn.v_proj"
 
 Tensor = torch.Tensor
@@ -56,6 +56,10 @@ def keep_in_range(layer: LayerActivations, factors: dict[str, Tensor], scaling: 
         exponent = torch.maximum(_exponent(of_squares ** (1 / scaling.degree)), _exponent(of_rows))
         _shrink(given, (UP, DOWN), scaling.spec.hidden, exponent, scaling.degree)
     _shrink(given, (QKV, CONTEXT), scaling.spec.hidden, _exponent(before[_VALUES] / limit), 1)
+    for norm, channels in _NORMS.items():
+        exponent = _exponent(_peaks(layer, given, scaling)[norm] / limit)
+        if bool((exponent > 0).any()):
+            given[channels] = given.get(channels, torch.ones_like(exponent)) * exponent.exp2()
     after = _peaks(layer, given, scaling)
     where, most = max(_largest(after).items(), key=lambda item: item[1])
     if most > MOST / LEAST_HEADROOM:
@@ -81,7 +85,7 @@ def _exponent(excess: Tensor) -> Tensor:
 
 def _peaks(layer: LayerActivations, factors: dict[str, Tensor], scaling: Scaling) -> dict[str, Tensor]:
     """The largest magnitudes of every channel that is in 16 bit, by the module that gives it."""
-    made = {_VALUES: (CONTEXT, 1), _NORMS[0]: (QKV, 1), _NORMS[1]: (UP, 1)}
+    made = {_VALUES: (CONTEXT, 1), **{norm: (channels, 1) for norm, channels in _NORMS.items()}}
     made |= {_UP_GIVES: (DOWN, scaling.degree or 1), _SQUARED: (DOWN, 1)}
     found = dict(layer.peaks)
     for module, (channels, degree) in made.items():

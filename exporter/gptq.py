@@ -7,9 +7,12 @@ are off by is made up for ahead of that, by the matrix that gives nearest to wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
+from numpy.typing import NDArray
 
 from exporter.rounding import BlockRounding
 
@@ -71,6 +74,16 @@ class Coded:
     codes: Tensor
     scales: Tensor
     zeros: Tensor
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Self]) -> Self:
+        """Rows under rows."""
+        sides = ((piece.codes, piece.scales, piece.zeros) for piece in pieces)
+        return cls(*(torch.cat(side) for side in zip(*sides, strict=True)))
+
+    def pack(self, rounding: BlockRounding) -> dict[str, NDArray[Any]]:
+        """The parts, as `Rounding.apply` gives them."""
+        return rounding.pack(self.codes, self.scales, self.zeros)
 
 
 def gptq(matrix: Tensor, runs: list[Run], rounding: BlockRounding) -> Coded:

@@ -190,8 +190,12 @@ def sample_of(options: ExportOptions, plan: Plan, checkpoint: Checkpoint) -> Sam
         return None
     path = options.calibration or default_text("calibration.txt", checkpoint.path)
     tokens = read_tokens(path, checkpoint.path)
-    length = min(WINDOW, plan.max_length)
+    length = max(2, min(WINDOW, plan.max_length))
     everything = windows(tokens, length, max(len(tokens), length), path)
+    if options.calibration_tokens < length:
+        raise UserError(
+            f"--calibration-tokens should be at least {length}, one window; found {options.calibration_tokens}"
+        )
     order = np.random.default_rng(options.calibration_seed).permutation(len(everything))
-    chosen = order[: max(1, options.calibration_tokens // length)]
+    chosen = order[: options.calibration_tokens // length]
     return Sample(path.name, everything[np.sort(chosen)], options.calibration_seed)

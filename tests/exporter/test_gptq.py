@@ -31,7 +31,7 @@ def product(out: int = 40, width: int = 256, tokens: int = 1000) -> tuple[torch.
 
 def rounded(matrix: torch.Tensor, inputs: torch.Tensor, rounding: BlockRounding) -> torch.Tensor:
     """What the parts of GPTQ stand for, float32 [out, in]."""
-    return numbers(gptq(matrix.clone(), runs_of(inputs, inputs), rounding), rounding, matrix.shape[1])
+    return numbers(gptq(matrix.clone(), runs_of(inputs, inputs), rounding).pack(rounding), rounding, matrix.shape[1])
 
 
 def numbers(parts: dict[str, NDArray[Any]], rounding: BlockRounding, width: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_products_lose_less_than_by_the_nearest_point(rounding: BlockRounding) -
 @pytest.mark.parametrize("rounding", BLOCKS, ids=str)
 def test_the_parts_have_the_form_that_the_graph_declares(rounding: BlockRounding) -> None:
     matrix, inputs = product(5)  # of an odd number of rows
-    parts, nearest = gptq(matrix.clone(), runs_of(inputs, inputs), rounding), rounding.apply(matrix)
+    parts, nearest = gptq(matrix.clone(), runs_of(inputs, inputs), rounding).pack(rounding), rounding.apply(matrix)
     assert {name: (array.shape, array.dtype) for name, array in parts.items()} == {
         name: (array.shape, array.dtype) for name, array in nearest.items()
     }
@@ -74,7 +74,7 @@ def test_the_parts_have_the_form_that_the_graph_declares(rounding: BlockRounding
 def test_a_last_block_that_is_not_whole_is_filled_up(width: int, symmetric: bool) -> None:
     matrix, inputs = product(width=width)
     rounding = BlockNBits(4, 32, symmetric)
-    parts = gptq(matrix.clone(), runs_of(inputs, inputs), rounding)
+    parts = gptq(matrix.clone(), runs_of(inputs, inputs), rounding).pack(rounding)
     assert {name: array.shape for name, array in parts.items()} == {
         name: shape for name, (_, shape) in rounding.parts(tuple(matrix.shape)).items()
     }
@@ -155,7 +155,7 @@ def test_codes_are_those_of_columns_rounded_one_by_one_with_the_inverse_hessian(
 def test_the_matrix_is_left_as_the_numbers_that_it_was_rounded_to(rounding: BlockRounding, width: int) -> None:
     """Layers that follow are calibrated by what it gives."""
     matrix, inputs = product(width=width)
-    parts = gptq(matrix, runs_of(inputs, inputs), rounding)
+    parts = gptq(matrix, runs_of(inputs, inputs), rounding).pack(rounding)
     torch.testing.assert_close(matrix, numbers(parts, rounding, width), rtol=1e-6, atol=1e-7)
 
 
