@@ -3,8 +3,8 @@
 A recipe is TOML::
 
     activations = "fp16"          # of everything that is not a weight matrix; default: the target's
-    block = 32                    # weights that share a scale
-    symmetric = false             # or with a zero point for each block
+    block = 32                    # weights that share a scale, of the export's own precision
+    symmetric = false             # whether zero is the middle of the grid; else each block has a zero point
     method = "gptq"               # choose 4-bit codes by a calibration text; default: "nearest"
     scaling = true                # scale channels by what the calibration text makes of them; default: false
 
@@ -171,7 +171,7 @@ def precision_of(target: str, name: str, recipe: Recipe) -> Precision:
         activations=activations,
         recipe=recipe,
         weights=make[name](recipe),
-        others=tuple((pattern, make[value](recipe)) for pattern, value in recipe.layers),
+        others=tuple((pattern, make[value](recipe if value == name else Recipe())) for pattern, value in recipe.layers),
         embedding=target == "onnxruntime",
     )
 
