@@ -20,8 +20,9 @@ def write(directory: Path, text: str) -> str:
 
 def test_a_file_says_blocks_and_what_layers_are_kept_finer(tmp_path: Path) -> None:
     text = 'block = 64\nsymmetric = true\n[layers]\n"model.layers.0" = "int8"\n"*.down_proj" = "fp32"\n'
+    # Blocks are of the precision that the export has.
     precision = precision_of("onnxruntime", "int4", read_recipe(write(tmp_path, text)))
-    assert precision.rounding("model.layers.0.mlp.down_proj.weight") == BlockNBits(8, 128, True)  # blocks are of the export's own precision
+    assert precision.rounding("model.layers.0.mlp.down_proj.weight") == BlockNBits(8, 128, True)
     assert precision.rounding("model.layers.1.mlp.down_proj.weight") is None
     assert precision.rounding("model.layers.10.mlp.up_proj.weight") == BlockNBits(4, 64, True)
     assert precision.recipe.name == "mine"
