@@ -32,7 +32,10 @@ class Origin:
         return shape[::-1] if self.transposed else shape
 
     def apply(
-        self, tensor: torch.Tensor, dtype: torch.dtype, scale: Callable[[str, torch.Tensor], torch.Tensor]
+        self,
+        tensor: torch.Tensor,
+        dtype: torch.dtype,
+        scale: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, tensor: tensor,
     ) -> torch.Tensor:
         """Turn the stored tensor into the initializer, contiguous, in this dtype.
 

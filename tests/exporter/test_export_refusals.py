@@ -261,8 +261,8 @@ def test_a_file_that_does_not_fit_is_told_with_the_place_that_is_full(
 def test_a_wrong_weight_recipe_leaves_no_bundle_and_the_old_one(old: Path, small_checkpoint, monkeypatch) -> None:
     right = Origin.apply
 
-    def without_the_one(self: Origin, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return right(Origin(self.tensor, transposed=self.transposed), tensor, dtype)
+    def without_the_one(self: Origin, *given: Any) -> torch.Tensor:
+        return right(Origin(self.tensor, transposed=self.transposed), *given)
 
     monkeypatch.setattr(Origin, "apply", without_the_one)
     before = snapshot(old.parent)

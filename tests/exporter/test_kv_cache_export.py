@@ -157,9 +157,10 @@ def test_it_goes_with_other_activations_and_inputs(
     assert manifest.parity is not None
     assert manifest.parity.passed
     assert manifest.quality is not None
-    assert manifest.kv_cache is not None
-    assert (manifest.kv_cache.dtype, manifest.kv_cache.calibration) == ("int8", "words.txt")
-    assert manifest.kv_cache.tokens == 9 * 64  # whole windows of the longest row
+    assert manifest.kv_cache == "int8"
+    assert manifest.calibration is not None
+    assert "kv cache" in manifest.calibration.methods
+    assert (manifest.calibration.text, manifest.calibration.tokens) == ("words.txt", 9 * 64)  # whole windows
     caches = {spec.dtype for spec in manifest.graph.inputs if spec.name.startswith("past")}
     assert caches == {"int8"}
 
@@ -195,10 +196,10 @@ def test_a_passed_limit_leaves_no_bundle(small_checkpoint: Path, tmp_path: Path,
         ({"cache": False}, "with a cache, this graph has none"),
         ({"task": "feature-extraction"}, "with a cache, this graph has none"),
         ({"kv_cache": "int3"}, "unknown cache 'int3'; known: int8"),
-        ({"kv_cache": None}, "nothing else is calibrated"),
+        ({"kv_cache": None}, "chooses nothing by a text"),
         ({"position_ids": True}, "neither --position-ids nor --output-hidden-states"),
         ({"output_hidden_states": True}, "neither --position-ids nor --output-hidden-states"),
-        ({"calibration_tokens": 2}, "2 tokens are less than one window of 64"),
+        ({"calibration_tokens": 2}, "--calibration-tokens should be at least 64, one window; found 2"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_left(

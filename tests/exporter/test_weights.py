@@ -112,7 +112,7 @@ def test_the_bytes_that_are_announced_are_those_of_the_weights(graph_model) -> N
 
 def test_progress_counts_up_to_the_last_byte(graph_model, small_copy: Path, tmp_path: Path) -> None:
     seen: list[int] = []
-    write_weights(graph_model, Checkpoint.open(small_copy), tmp_path / "data", seen.append)
+    write_weights(graph_model, Checkpoint.open(small_copy), tmp_path / "data", progress=seen.append)
     assert seen == sorted(seen)
     assert len(seen) == len(SHAPES) + 2 + 1
     assert seen[-1] == (tmp_path / "data").stat().st_size
@@ -176,7 +176,7 @@ def test_the_file_is_closed_when_a_write_fails(graph_model, small_copy: Path, tm
 
     monkeypatch.setattr(Path, "open", limited)
     with pytest.raises(KeyboardInterrupt):
-        write_weights(graph_model, Checkpoint.open(small_copy), tmp_path / "data", stop)
+        write_weights(graph_model, Checkpoint.open(small_copy), tmp_path / "data", progress=stop)
     assert [file.closed for file in opened] == [True]
 
 

@@ -141,7 +141,7 @@ def test_a_reader_that_stops_early_is_no_error(tmp_path):
         (tmp_path / f"file{number}").touch()
     script = (
         "import sys; from exporter.cli import main; import runtime.golden;"
-        "from runtime.golden import SelftestResult; from runtime.manifest import Comparison;"
+        "from runtime.golden import SelftestResult; from runtime.measured import Comparison;"
         "row = Comparison(name='x', case='y', metric='z', value=0.0, limit=1.0, passed=True);"
         "runtime.golden.selftest = lambda *a, **o: SelftestResult('cpu', [row] * 20000);"
         "sys.argv = ['n', 'selftest', 'b']; main()"
