@@ -112,18 +112,7 @@ def export(
             reports = passes.run(passes.pipeline(spec, *rope_tables(spec, plan.max_length), wanted), model)
             lowered = lower(model, options.target, spec.layers, calibrated.cache_scales)
         with clock.stage("weights"):
-            total = weight_bytes(model)
-            data = directory / f"{MODEL}.data"
-            write_weights(
-                model, checkpoint, data, calibrated, lambda done: progress("weights", min(done, total), total)
-            )
-            calibrated.save(directory)
-            ir.save(model, directory / MODEL)
-            if form.embeds:
-                write_embeddings(checkpoint, directory / EMBED_TOKENS)
-            write_companions(checkpoint, directory, task)
-            if form == GraphForm() and (task.name, options.target) == (GENERATION, "onnxruntime"):
-                write_genai_config(checkpoint, directory, plan.max_length)
+            _write_files(directory, checkpoint, plan, calibrated, model, progress)
             manifest = _manifest(directory, checkpoint, plan, calibrated, model, lowered, reports)
             manifest.save(directory)
         if options.verify:
@@ -147,8 +136,21 @@ def _check_place(destination: Path, checkpoint: Checkpoint, force: bool) -> None
             )
 
 
-def _tell_weights(progress: Progress, total: int, done: int) -> None:
-    progress("weights", min(done, total), total)  # alignment and constants are not counted
+def _write_files(
+    directory: Path, checkpoint: Checkpoint, plan: Plan, calibrated: Calibrated, model: ir.Model, progress: Progress
+) -> None:
+    """The graph, its weights, and everything of the checkpoint that goes with them."""
+    total = weight_bytes(model)
+    data = directory / f"{MODEL}.data"
+    # Alignment and constants are written, and not counted.
+    write_weights(model, checkpoint, data, calibrated, lambda done: progress("weights", min(done, total), total))
+    calibrated.save(directory)
+    ir.save(model, directory / MODEL)
+    if plan.form.embeds:
+        write_embeddings(checkpoint, directory / EMBED_TOKENS)
+    write_companions(checkpoint, directory, plan.task)
+    if plan.form == GraphForm() and (plan.task.name, plan.target) == (GENERATION, "onnxruntime"):
+        write_genai_config(checkpoint, directory, plan.max_length)
 
 
 def _manifest(
