@@ -107,6 +107,7 @@ class _Run:
             if self._stream is not None:
                 self._round_layer(layer, self._stream)
             progress("calibration", layer.layer + 1, total)
+            del layer  # before the next is read
         if self._precision.scaling or self._precision.gptq:
             self._head()
         record = measured.Calibration(

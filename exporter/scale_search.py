@@ -42,7 +42,8 @@ def search(
     # By what each gives, which no factor changes: a matrix counts the same whatever its channels' scale.
     rows = ((matrix[:: -(-len(matrix) // ROWS)].float(), rounding) for matrix, rounding in matrices)
     matrices = [(matrix / _size(sample @ matrix.T), rounding) for matrix, rounding in rows]
-    activation = pool(inputs.square().mean(0)).sqrt()
+    squares = torch.linalg.vector_norm(inputs, dim=0).square() / len(inputs)  # no copy of the inputs
+    activation = pool(squares).sqrt()
     column = pool(torch.stack([matrix.square().mean(0) for matrix, _ in matrices]).mean(0)).sqrt()
     product = activation * column
     live = product > 0
