@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from exporter.calibrated import Calibrated
-from exporter.calibration import Calibration, LayerActivations, RoundedStream
+from exporter.calibration import PRODUCTS, Calibration, LayerActivations, RoundedStream
 from exporter.checkpoint import Checkpoint
 from exporter.fp16_range import keep_in_range
 from exporter.gptq import Coded, Run, gptq, make_up, runs_of
@@ -26,19 +26,14 @@ from exporter.parameters import EMBEDDING, HEAD, LAYERS, weight_source
 from exporter.recipe import Precision
 from exporter.rounding import BlockRounding, Rounding
 from exporter.scale_search import search
-from exporter.scaling import CONTEXT, DOWN, QKV, UP, Scaling, per_query_head
+from exporter.scaling import CONTEXT, DOWN, QKV, READS, UP, Scaling, per_query_head
 from exporter.spec import NemotronSpec
 from runtime import measured
 from runtime.cache_scales import CacheScales
 from runtime.session import Ints
 
-# The matrices that read a layer's channels.
-_READERS = {
-    QKV: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    CONTEXT: ("self_attn.o_proj",),
-    UP: ("mlp.up_proj",),
-    DOWN: ("mlp.down_proj",),
-}
+# The matrices that read a layer's channels, in the order in which they run.
+_READERS = {channels: tuple(name for name, read in READS.items() if read == channels) for channels in PRODUCTS}
 
 ROUNDED = "rounded"
 ROWS = 4096  # of a matrix whose codes are chosen at once

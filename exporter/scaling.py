@@ -23,7 +23,7 @@ QKV, CONTEXT, UP, DOWN = "self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", 
 _HEAD = HEAD.removesuffix(".weight")
 WHOLE = slice(None)
 # A module of a layer → the channels that its columns read, and those that its rows make.
-_READS = {
+READS = {
     "self_attn.q_proj": QKV,
     "self_attn.k_proj": QKV,
     "self_attn.v_proj": QKV,
@@ -116,8 +116,8 @@ class Scaling:
             return None, None
         index, inner = module.removeprefix(LAYERS).split(".", 1)
         rows = columns = None
-        if parameter == "weight" and inner in _READS:
-            columns = self._factor(index, _READS[inner], read=True)
+        if parameter == "weight" and inner in READS:
+            columns = self._factor(index, READS[inner], read=True)
         if inner in _MAKES:
             rows = self._factor(index, _MAKES[inner], read=False)
         return rows, columns

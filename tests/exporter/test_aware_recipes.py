@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+from divergence import divergence
 from rescaled import rescale_channels, rescaled
 
 from exporter.export import ExportOptions, export
@@ -50,13 +51,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         return Bundle.open(directory)
 
     return bundle
-
-
-def divergence(bundle: Bundle) -> float:
-    assert bundle.manifest.parity is not None
-    assert bundle.manifest.parity.passed
-    assert bundle.manifest.quality is not None
-    return bundle.manifest.quality.kl_mean
 
 
 def lost_by_plain(checkpoint: Path, target: str, exported: Exported) -> float:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import SMALL, write_checkpoint
+from divergence import divergence
 from refusals import assert_tells, snapshot
 from rescaled import rescale_channels, rescaled, write_texts
 
@@ -36,13 +37,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "texts")
     write_texts(directory, SMALL["vocab_size"], 4096)
     return directory
-
-
-def quality(bundle: Bundle) -> float:
-    assert bundle.manifest.parity is not None
-    assert bundle.manifest.parity.passed
-    assert bundle.manifest.quality is not None
-    return bundle.manifest.quality.kl_mean
 
 
 def exported(checkpoint: Path, place: Path, options: ExportOptions = AWARE, **changes: Any) -> Bundle:
@@ -71,7 +65,7 @@ def test_a_bundle_of_scaled_channels_and_chosen_codes_is_the_checkpoint_rounded_
     for name, read in rounded_weights(ir.load(bundle.file(MODEL)).graph, scaling).items():
         weight = original.read(name)
         assert torch.corrcoef(torch.stack([read().flatten(), weight.flatten()]))[0, 1] > 0.98
-    assert quality(bundle) < 0.8 * quality(exported(checkpoint, tmp_path / "plain", recipe="plain"))
+    assert divergence(bundle) < 0.8 * divergence(exported(checkpoint, tmp_path / "plain", recipe="plain"))
     assert load(bundle.path).generate("t5 t7", max_new_tokens=3).sequences[0].token_ids
 
 
@@ -81,8 +75,8 @@ def test_no_scale_of_a_checkpoints_channels_makes_the_choice_worse(
     other = rescaled(checkpoint, tmp_path / "rescaled", rescale_channels)
     plain = exported(other, tmp_path / "plain", recipe="plain")
     original, chosen = (exported(path, tmp_path / f"{path.name}-bundle") for path in (checkpoint, other))
-    assert quality(plain) > 10 * quality(original)  # what such channels do to a plain grid
-    assert quality(chosen) < 1.05 * quality(original)
+    assert divergence(plain) > 10 * divergence(original)  # what such channels do to a plain grid
+    assert divergence(chosen) < 1.05 * divergence(original)
 
 
 def test_8_bit_grids_take_factors_and_the_nearest_codes(checkpoint: Path, tmp_path: Path, quick: None) -> None:
@@ -91,7 +85,7 @@ def test_8_bit_grids_take_factors_and_the_nearest_codes(checkpoint: Path, tmp_pa
         exported(checkpoint, tmp_path / name, precision="int8", recipe=write(tmp_path / f"{name}.toml", text + more))
         for name, more in (("plain", ""), ("aware", 'method = "gptq"\nscaling = true\n'))
     )
-    assert quality(aware) < 1.1 * quality(plain)
+    assert divergence(aware) < 1.1 * divergence(plain)
 
 
 def test_factors_and_codes_are_each_of_use_alone(checkpoint: Path, tmp_path: Path, quick: None) -> None:
@@ -99,7 +93,7 @@ def test_factors_and_codes_are_each_of_use_alone(checkpoint: Path, tmp_path: Pat
     assert not codes.has(SCALING)
     factors = exported(checkpoint, tmp_path / "factors", recipe=write(tmp_path / "factors.toml", "scaling = true\n"))
     assert (factors.path / SCALING).is_file()
-    assert quality(codes) < quality(exported(checkpoint, tmp_path / "plain", recipe="plain"))
+    assert divergence(codes) < divergence(exported(checkpoint, tmp_path / "plain", recipe="plain"))
 
 
 def test_a_tied_head_is_rounded_as_its_rows_are_looked_up(tmp_path: Path, quick: None) -> None:
@@ -107,7 +101,7 @@ def test_a_tied_head_is_rounded_as_its_rows_are_looked_up(tmp_path: Path, quick:
     write_texts(tied, SMALL["vocab_size"], 4096)
     plain, aware = (exported(tied, tmp_path / recipe, recipe=recipe) for recipe in ("plain", "aware"))
     assert "lm_head" not in Scaling.load(aware.path, Checkpoint.open(tied).spec).factors
-    assert quality(aware) < quality(plain)
+    assert divergence(aware) < divergence(plain)
 
 
 def test_what_a_recipe_keeps_whole_is_scaled_but_not_rounded(checkpoint: Path, tmp_path: Path, quick: None) -> None:
@@ -139,7 +133,7 @@ def test_other_structures_are_scaled_and_pass_the_gate(config: dict[str, Any], t
     write_texts(other, SMALL["vocab_size"])
     bundle = exported(other, tmp_path / "bundle")
     assert bundle.manifest.quality is not None
-    assert 0 < quality(bundle) < 0.3
+    assert 0 < divergence(bundle) < 0.3
     scaled = Scaling.load(bundle.path, Checkpoint.open(other).spec).factors
     assert ("model.layers.0.mlp.down_proj" in scaled) == (config.get("hidden_act") != "gelu")
 
