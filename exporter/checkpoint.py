@@ -97,6 +97,10 @@ class Checkpoint:
         merged, self._digests[f"{name} adapted"] = self.adapter.merge(name, tensor)
         return merged
 
+    def read_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Some rows of a tensor, as `read` gives them; they do not count for the fingerprint."""
+        return read_tensor(name, self.tensors[name])[rows] if name not in self.adapted else self.read(name)[rows]
+
     def fingerprint(self) -> str:
         """sha256 over the sorted digests of (name, dtype, shape, bytes) of every tensor that was read.
 

@@ -21,7 +21,7 @@ from runtime.contract import attentions_name, hidden_states_name
 from runtime.errors import UserError
 from runtime.session import Ints
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating]
 Cache = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
@@ -30,7 +30,7 @@ class Forward:
     """What one forward pass over one row gave.
 
     Attributes:
-        logits: float64 [sequence, vocab].
+        logits: [sequence, vocab], float64 where the whole model ran.
         keys, values: float64 [layers, kv_heads, sequence, head_dim], of the new positions only.
     """
 

@@ -6,32 +6,25 @@ capacity, a chunk, single tokens, and the last positions of the capacity after a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from exporter.checkpoint import Checkpoint
 from exporter.evaluate.rounded import weights_of
 from exporter.evaluate.session import CachedSession, EvaluatedSession, evaluate_graph, evaluate_network
-from exporter.golden_limit import NO_LIMIT, with_kernels_error, with_ties_turned
-from exporter.reference import Floats as Floats64
-from exporter.reference import Forward, Reference, Row
+from exporter.golden_limit import kernels_error, rounds_activations, ties_error, with_kernels_error, with_ties_turned
+from exporter.reference import Reference, Row
 from exporter.rounded_cache import CacheView
 from exporter.scaling import Scaling
+from exporter.verdict import Verdict, note_logits
 from exporter.verify_rows import NON_FINITE, GateResult, has_extras, non_finite, prompts, refused, run_rows_gate
-from exporter.verify_steps import DECODE_STEPS, END, Step, run_end_of_capacity, run_rows
-from exporter.yardstick import LIMIT, Expected, Ledger, Yardstick, compare
+from exporter.verify_steps import DECODE_STEPS, END, run_end_of_capacity, run_rows
+from exporter.yardstick import LIMIT, Ledger, Yardstick
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed, UserError
-from runtime.golden import Golden, GoldenStep
-from runtime.measured import Comparison, Parity
+from runtime.measured import Parity
 from runtime.ort_session import OrtSession
-from runtime.session import Ints
-
-NEAR_TIE = 1e-3  # a greedy token may differ where the reference's two best logits are closer than this
-GOLDEN_DECODE_STEPS = 4
 
 __all__ = ["LIMIT", "NON_FINITE", "CachedSession", "GateResult", "gate", "run_gate", "session_of", "verify"]
 
@@ -94,11 +87,9 @@ def run_gate(
 ) -> GateResult:
     """Run every case on a session of the bundle and compare it with transformers.
 
-    In 16 bit, golden cases get the limit of the logits: twice the largest |Δ| that transformers itself shows at that
-    precision. The same steps on a device that rounds as often differ by no more. A cache of int8 is compared with
-    transformers' own, rounded to the same grid; see `exporter.rounded_cache`.
+    A cache of int8 is compared with transformers' own, rounded to the same grid; see `exporter.rounded_cache`.
     """
-    _check_same_shape(bundle, checkpoint)
+    check_same_shape(bundle, checkpoint)
     precision, total = bundle.manifest.activations, 2 + DECODE_STEPS
     evaluated_by, scaling = f"{session.backend} {session.version}", Scaling.load(bundle.path, checkpoint.spec)
     view = CacheView(bundle, scaling)
@@ -114,10 +105,7 @@ def run_gate(
     asked = [*(rows.as_cached() if ties else map(Row, rows.tokens)), end.as_cached() if ties else end.row]
     forwards = Yardstick(reference, precision).forwards(asked)
     expected, ledger = forwards[:-1], Ledger(precision)
-    for step in steps:
-        for row, slot in enumerate(step.slots):
-            at = step.positions[row]
-            ledger.add("logits", step.case, step.logits[row], expected[slot], _logits_at(at))
+    note_logits(ledger, steps, expected)
     for slot, whole in enumerate(expected):
         length = len(rows.tokens[slot])
         ledger.add("present", "decode", rows.keys[slot][:, :, :length], whole, lambda forward: forward.keys)
@@ -127,63 +115,16 @@ def run_gate(
     ledger.add("present", END, end.values, forwards[-1], lambda forward: forward.values)
     progress("verify", total, total)
 
-    limits = ledger.comparisons()
     found = non_finite(session.non_finite) if isinstance(session, EvaluatedSession) else []
-    comparisons = (*found, *limits, *_compare_greedy(steps, expected, precision))
-    limit = max(found.limit for found in limits if (found.name, found.metric) == ("logits", "max_abs"))
-    golden = _golden(steps, expected, limit)
+    verdict = Verdict(steps, expected, ledger, found)
     if ties:
-        golden, measured = with_ties_turned(golden, reference, asked[:-1], expected)
-        comparisons = (*comparisons, *measured)
-    if bundle.manifest.quantization and bundle.manifest.target == "onnxruntime":
-        golden, measured = with_kernels_error(bundle, golden)
-        comparisons = (*comparisons, *measured)
-    passed = all(comparison.passed for comparison in comparisons)
-    return GateResult(Parity(evaluated_by=evaluated_by, passed=passed, comparisons=comparisons), golden)
+        verdict.allow(*with_ties_turned(verdict.golden, ties_error(reference, asked[:-1], expected)))
+    if rounds_activations(bundle):
+        verdict.allow(*with_kernels_error(verdict.golden, kernels_error(bundle, verdict.golden)))
+    return verdict.result(evaluated_by)
 
 
-def _logits_at(positions: Ints) -> Callable[[Forward], Floats64]:
-    return lambda forward: forward.logits[positions]
-
-
-def _compare_greedy(steps: Sequence[Step], expected: Sequence[Expected], precision: str) -> list[Comparison]:
-    """In fp32 greedy choices equal the reference's unless its two best logits nearly tie; in 16 bit it counts."""
-    wrong = ties = 0
-    for step in steps:
-        for row, slot in enumerate(step.slots):
-            exact = expected[slot].exact.logits[step.positions[row]]
-            best = np.sort(exact, axis=-1)
-            tied = best[:, -1] - best[:, -2] < NEAR_TIE
-            differs = step.logits[row].argmax(-1) != exact.argmax(-1)
-            ties += int((differs & tied).sum())
-            wrong += int((differs & ~tied).sum())
-    found = [("different_tokens", wrong, 0.0 if precision == "fp32" else NO_LIMIT)]
-    found += [("near_ties_excused", ties, NO_LIMIT)] if ties else []
-    return [compare("greedy", "all", metric, float(value), limit) for metric, value, limit in found]
-
-
-def _golden(steps: Sequence[Step], expected: Sequence[Expected], limit: float) -> Golden:
-    """The reference's own logits for the prefill, the chunk and the first single tokens."""
-    decode = [step for step in steps if step.case == "decode"][:GOLDEN_DECODE_STEPS]
-    kept = [step for step in steps if step.case != "decode"] + decode
-    recorded = []
-    for step in kept:
-        logits = [expected[slot].exact.logits[at] for slot, at in zip(step.slots, step.positions, strict=True)]
-        recorded.append(
-            GoldenStep.record(
-                step.case,
-                tokens=step.tokens,
-                lengths=step.lengths,
-                past_lengths=step.past,
-                slots=step.slots,
-                logits=np.stack(logits).astype(np.float32),
-            )
-        )
-    capacity = max(int(step.past.max()) + step.tokens.shape[1] for step in kept)  # padding of one row beside another
-    return Golden(slots=len(expected), capacity=capacity, limit=limit, steps=recorded)
-
-
-def _check_same_shape(bundle: Bundle, checkpoint: Checkpoint) -> None:
+def check_same_shape(bundle: Bundle, checkpoint: Checkpoint) -> None:
     spec, geometry = checkpoint.spec, bundle.cache_geometry
     theirs = (spec.layers, spec.kv_heads, spec.head_dim, spec.vocab)
     ours = (geometry.layers, geometry.kv_heads, geometry.head_dim, bundle.vocab_size)

@@ -22,8 +22,8 @@ KL_FACTOR = 1.5  # of transformers' mean divergence at that precision
 LARGEST_FACTOR = 2.0
 
 Array = NDArray[np.floating]
-Outputs = dict[str, NDArray[np.float64]]
-_YARDSTICKS = {"fp32": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
+Outputs = dict[str, Array]
+YARDSTICKS = {"fp32": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Yardstick:
 
     def __init__(self, reference: Reference, precision: str) -> None:
         self._reference = reference
-        self._dtype = _YARDSTICKS[precision]
+        self._dtype = YARDSTICKS[precision]
 
     def outputs(self, batches: Sequence[Batch]) -> list[tuple[Outputs, Outputs]]:
         """Run batches without a cache: what transformers gives in fp32, and what the yardstick gives."""
@@ -112,7 +112,7 @@ class Ledger:
         if self.precision == "fp32":
             return max(LIMIT, 3 * row.yardstick)
         rows = [other for (kind, _), other in self._largest.items() if kind == name]
-        unit = torch.finfo(_YARDSTICKS[self.precision]).eps * max(other.exact for other in rows)
+        unit = torch.finfo(YARDSTICKS[self.precision]).eps * max(other.exact for other in rows)
         return max(LARGEST_FACTOR * max(other.yardstick for other in rows), unit)
 
 

@@ -24,6 +24,7 @@ _ERRORS = (
     *("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented"),
     "RuntimeException",  # no memory, for one
 )
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -80,13 +81,15 @@ def import_onnxruntime() -> ModuleType:
         ) from error
 
 
-def load_model(bundle: Bundle, device: str, threads: int | None) -> OrtModel:
-    """Load a bundle's graph.
+def load_model(bundle: Bundle, device: str, threads: int | None, part: bytes | None = None) -> OrtModel:
+    """Load a bundle's graph, or a part of it.
 
     Args:
         bundle: of any task and target.
         device: `cpu` or `cuda`.
         threads: threads within an operator (default: one per core).
+        part: an ONNX model whose external data is the bundle's; it is run a few times, so that weights which operators
+            can read as they are stay mapped.
 
     Raises:
         UserError: onnxruntime or its CUDA provider is missing, the graph is bf16 or cannot be loaded, or `threads`
@@ -104,10 +107,15 @@ def load_model(bundle: Bundle, device: str, threads: int | None) -> OrtModel:
             "pip uninstall onnxruntime, then pip install 'nemotron-export[gpu]', or use --device cpu"
         )
     errors: tuple[type[Exception], ...] = tuple(getattr(ort.capi.onnxruntime_pybind11_state, n) for n in _ERRORS)
+    options = _options(ort, bundle, threads)
+    if part is not None:
+        options.add_session_config_entry(_DATA_FOLDER, str(bundle.path.resolve()))
+        if not bundle.manifest.quantization:  # packing copies every matrix; products with few bits are others without
+            options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         model: InferenceSession = ort.InferenceSession(
-            bundle.file(MODEL),
-            _options(ort, bundle, threads),
+            bundle.file(MODEL) if part is None else part,
+            options,
             providers=[provider, *({_PROVIDERS["cpu"]} - {provider})],
         )
     except errors as error:

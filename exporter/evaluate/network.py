@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from exporter.evaluate.network_layers import LAYERS
-from exporter.evaluate.onnx_graph import as_torch
 from exporter.evaluate.program import CannotEvaluate, Compute, Edge, Program, Step, in_order
+from exporter.evaluate.tensors import as_torch
 
 Tensor = torch.Tensor
 Reader = Callable[[], Tensor]

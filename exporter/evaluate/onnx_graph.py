@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
 from exporter.evaluate.onnx_attributes import Attributes
 from exporter.evaluate.onnx_operators import OPERATORS
 from exporter.evaluate.program import CannotEvaluate, Edge, Program, Step, in_order
-
-Tensor = torch.Tensor
+from exporter.evaluate.tensors import read_tensor
 
 _DTYPES = {
     ir.DataType.FLOAT: torch.float32,
@@ -106,22 +103,3 @@ def _torch_dtype(found: ir.DataType | None, what: str) -> torch.dtype:
     if found not in _DTYPES:
         raise CannotEvaluate(f"dtype {found} of {what}")
     return _DTYPES[found]
-
-
-def read_tensor(tensor: ir.TensorProtocol) -> Tensor:
-    """An initializer's content, mapped where it is in a file; int4 in a byte each."""
-    array = tensor.numpy()
-    if tensor.dtype == ir.DataType.BFLOAT16:
-        return as_torch(array.view(np.int16)).view(torch.bfloat16)
-    if tensor.dtype == ir.DataType.FLOAT8E4M3FN:
-        return as_torch(array.view(np.uint8)).view(torch.float8_e4m3fn)
-    if tensor.dtype == ir.DataType.INT4:
-        return as_torch(array.astype(np.int8))
-    return as_torch(array)
-
-
-def as_torch(array: np.ndarray[Any, Any]) -> Tensor:
-    """The same memory as a tensor; that it may be read-only does not matter, for nothing here writes to a weight."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -99,6 +99,13 @@ class Program:
                         if not left[name]:
                             values.pop(name, None)
         return Result({name: self._value(values, name) for name in self.outputs}, non_finite)
+
+    def between(self, given: Sequence[str], outputs: Sequence[str]) -> Program:
+        """The part that makes these outputs of values that are given, and of the program's own inputs and constants."""
+        made = {edge.name: edge for step in self.steps for edge in step.outputs}
+        edges = (*self.inputs, *(made[name] for name in given if name in made))
+        steps = in_order(self.steps, [*self.constants, *(edge.name for edge in edges)], outputs)
+        return replace(self, inputs=edges, steps=steps, outputs=tuple(outputs))
 
     def _value(self, values: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         return values[name] if name in values else self.constants[name]()

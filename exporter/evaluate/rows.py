@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from exporter import __version__
 from exporter.evaluate.network import compile_network
-from exporter.evaluate.onnx_graph import as_torch, load_graph
+from exporter.evaluate.onnx_graph import load_graph
 from exporter.evaluate.program import Program
 from exporter.evaluate.session import check_for_network, installed
+from exporter.evaluate.tensors import as_torch
 from exporter.network import parse
 from runtime.bundle import Bundle
 from runtime.manifest import MODEL

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Protocol, Self
 
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from exporter import __version__
 from exporter.evaluate.network import compile_network
-from exporter.evaluate.onnx_graph import as_torch, load_graph
+from exporter.evaluate.onnx_graph import load_graph
 from exporter.evaluate.program import Program
+from exporter.evaluate.tensors import as_torch
 from exporter.network import parse
 from plugins.tensorrt_network import LOWER_RIGHT
 from runtime.bundle import Bundle, CacheGeometry
@@ -55,14 +56,20 @@ class CachedSession(Session, Protocol):
 class EvaluatedCache:
     """Per layer one key and one value tensor [slots, kv_heads, capacity, head_dim], in the graph's dtype."""
 
-    def __init__(self, geometry: CacheGeometry, slots: int, capacity: int) -> None:
+    def __init__(self, geometry: CacheGeometry, slots: int, capacity: int, only: int | None = None) -> None:
+        """Allocate it for every layer, or for one of them only."""
         self.shape = (slots, geometry.kv_heads, capacity, geometry.head_dim)
         self.layers = geometry.layers
         self.tensors = {
             name: torch.zeros(self.shape, dtype=_DTYPES[geometry.dtype])
-            for layer in range(self.layers)
+            for layer in (range(self.layers) if only is None else [only])
             for name in past_names(layer)
         }
+
+    def update(self, layer: int, rows: slice, outputs: Mapping[str, torch.Tensor]) -> None:
+        """Take over what a graph gave for some rows of a layer."""
+        for past, present in zip(past_names(layer), present_names(layer), strict=True):
+            self.tensors[past][rows] = outputs[present]
 
     def read(self, layer: int) -> tuple[Floats, Floats]:
         """A layer's keys and values [slots, kv_heads, capacity, head_dim] in fp32, which holds every number exactly."""
@@ -126,8 +133,7 @@ class EvaluatedSession:
         result = self._program.run(feeds | {name: cache[rows] for name, cache in self.cache.tensors.items()})
         self.non_finite += result.non_finite
         for layer in range(self.cache.layers):
-            for past, present in zip(past_names(layer), present_names(layer), strict=True):
-                self.cache.tensors[past][rows] = result.outputs[present]
+            self.cache.update(layer, rows, result.outputs)
         logits: Floats = result.outputs[LOGITS].float().numpy()
         return logits
 

@@ -13,8 +13,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from exporter.evaluate.onnx_graph import as_torch, compile_graph
+from exporter.evaluate.onnx_graph import compile_graph
 from exporter.evaluate.program import CannotEvaluate
+from exporter.evaluate.tensors import as_torch
 from plugins.reference import partial_rope_attention
 
 

@@ -10,7 +10,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from exporter.evaluate.onnx_graph import as_torch, compile_graph
+from exporter.evaluate.onnx_graph import compile_graph
+from exporter.evaluate.tensors import as_torch
 
 HEADS, KV_HEADS, WIDTH, ROTARY, CAPACITY = 4, 2, 32, 16, 16
 FLOATS = {"fp32": (np.float32, TensorProto.FLOAT), "fp16": (np.float16, TensorProto.FLOAT16)}

@@ -1,0 +1,102 @@
+"""Steps of a session on their way through a bundle's graph, a decoder layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from exporter.evaluate.segments import Segment, Segments
+from exporter.evaluate.session import EvaluatedCache
+from exporter.evaluate.tensors import as_torch
+from exporter.verify_steps import Request
+from runtime.bundle import Bundle
+from runtime.contract import LOGITS
+from runtime.session import Floats
+from runtime.steps import Limits, Step, contract_of
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class _Run:
+    """Rows of a step that the graph takes at once, and how far they have come.
+
+    Attributes:
+        request: which step it is of.
+        rows: which of its rows.
+        step: these rows, without what is padding in all of them.
+        feeds: what the graph takes, but for the cache.
+        hidden: the residual stream, [rows, tokens, hidden].
+    """
+
+    request: int
+    rows: slice
+    step: Step
+    feeds: Mapping[str, Tensor]
+    hidden: Tensor
+
+    @property
+    def slots(self) -> slice:
+        """The cache's rows."""
+        return slice(int(self.step.slots[0]), int(self.step.slots[0]) + len(self.step.slots))
+
+
+class LayeredSteps:
+    """What `EvaluatedSession` runs step by step, here layer by layer: all steps must be known from the start.
+
+    Attributes:
+        requests: the steps, in order.
+    """
+
+    def __init__(
+        self, bundle: Bundle, segments: Segments, requests: Sequence[Request], *, slots: int, capacity: int
+    ) -> None:
+        """Check the steps and look their tokens up."""
+        limits = Limits(slots, capacity, bundle.vocab_size, bundle.manifest.max_length)
+        contract, embedding = contract_of(bundle), segments.embedding()
+        self.requests, self._bundle, self._segments = requests, bundle, segments
+        self._slots, self._capacity = slots, capacity
+        self._runs = []
+        for index, asked in enumerate(requests):
+            step = limits.checked(asked.tokens, asked.lengths, asked.past, asked.slots, asked.keep)
+            for rows in contract.split(step, capacity):
+                part = step.rows(rows)
+                feeds = {name: as_torch(array) for name, array in contract.feeds(part).items()}
+                hidden = embedding.run(feeds)[segments.stream_name(0)]
+                self._runs.append(_Run(index, rows, part, feeds, hidden))
+
+    def cache(self, layer: int) -> EvaluatedCache:
+        """An empty cache of one layer, to be given to `advance`."""
+        return EvaluatedCache(self._bundle.cache_geometry, self._slots, self._capacity, only=layer)
+
+    def advance(self, segment: Segment, layer: int, cache: EvaluatedCache) -> None:
+        """Run every step through a layer."""
+        here, after = self._segments.stream_name(layer), self._segments.stream_name(layer + 1)
+        for run in self._runs:
+            past = {name: tensor[run.slots] for name, tensor in cache.tensors.items()}
+            outputs = segment.run({**run.feeds, **past, here: run.hidden})
+            cache.update(layer, run.slots, outputs)
+            run.hidden = outputs[after]
+
+    def hidden(self) -> list[Floats]:
+        """The residual stream of each slot's new tokens as far as layers have run, float32 [tokens, hidden]."""
+        found: list[list[Floats]] = [[] for _ in range(self._slots)]
+        for run in self._runs:
+            for row, slot in enumerate(run.step.slots):
+                found[int(slot)].append(run.hidden[row, : int(run.step.lengths[row])].float().numpy())
+        return [np.concatenate(parts) for parts in found]
+
+    def logits(self, segment: Segment, into: Sequence[Floats], part: slice) -> None:
+        """Run every step through the head of some of the vocabulary; `into` is of each step [batch, keep, vocab]."""
+        here = self._segments.stream_name(self._segments.layers)
+        for run in self._runs:
+            found = segment.run({**run.feeds, here: run.hidden})[LOGITS]
+            into[run.request][run.rows, :, part] = found.float().numpy()
+
+    def empty_logits(self) -> list[Floats]:
+        """Of each step float32 [batch, keep, vocab], to be filled by `logits`."""
+        vocab = self._bundle.vocab_size
+        return [np.empty((len(asked.tokens), asked.keep, vocab), np.float32) for asked in self.requests]
