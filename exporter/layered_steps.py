@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,14 +89,21 @@ class LayeredSteps:
                 found[int(slot)].append(run.hidden[row, : int(run.step.lengths[row])].float().numpy())
         return [np.concatenate(parts) for parts in found]
 
-    def logits(self, segment: Segment, into: Sequence[Floats], part: slice) -> None:
-        """Run every step through the head of some of the vocabulary; `into` is of each step [batch, keep, vocab]."""
+    def logits(self, segment: Segment) -> Iterator[tuple[int, slice, Floats]]:
+        """Run every step through the head, or some of its vocabulary.
+
+        Yields:
+            Which step, which of its rows, and their logits, float32 [rows, keep, n].
+        """
         here = self._segments.stream_name(self._segments.layers)
         for run in self._runs:
-            found = segment.run({**run.feeds, here: run.hidden})[LOGITS]
-            into[run.request][run.rows, :, part] = found.float().numpy()
+            yield run.request, run.rows, segment.run({**run.feeds, here: run.hidden})[LOGITS].float().numpy()
 
-    def empty_logits(self) -> list[Floats]:
-        """Of each step float32 [batch, keep, vocab], to be filled by `logits`."""
+    def all_logits(self, segments: Iterable[tuple[slice, Segment]]) -> list[Floats]:
+        """Logits of each step, float32 [batch, keep, vocab], by the head's segments, each of some of the vocabulary."""
         vocab = self._bundle.vocab_size
-        return [np.empty((len(asked.tokens), asked.keep, vocab), np.float32) for asked in self.requests]
+        found = [np.empty((len(asked.tokens), asked.keep, vocab), np.float32) for asked in self.requests]
+        for part, segment in segments:
+            for index, rows, logits in self.logits(segment):
+                found[index][rows, :, part] = logits
+        return found

@@ -20,6 +20,7 @@ from runtime.session import Floats, Ints, Session
 
 Logits = Callable[[Ints], Floats]  # tokens int64 [1, n] of a row of its own to its logits float32 [n, vocab]
 Progress = Callable[[str, int, int], None]
+Doubles = NDArray[np.float64]
 
 _CHUNK = 1 << 22  # logits that are looked at together: a dozen positions of 256 000 tokens
 
@@ -44,7 +45,7 @@ def measure(
     """
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
         raise UserError(f"windows are [n, length] with at least 2 tokens each, not {list(windows.shape)}; correct them")
-    tally = _Tally()
+    tally = Tally()
     progress("quality", 0, len(windows))
     for done, exact in enumerate(Reference(checkpoint).each_logits(windows)):
         window = windows[done]
@@ -99,12 +100,12 @@ def check_limits(quality: Quality, max_kl: float | None = None, max_perplexity_i
 
 
 @dataclass
-class _Tally:
+class Tally:
     """Per position: −log p of the next token by the bundle and by the reference, KL, and whether both agree."""
 
-    surprise: list[NDArray[np.float64]] = field(default_factory=list)
-    reference_surprise: list[NDArray[np.float64]] = field(default_factory=list)
-    divergence: list[NDArray[np.float64]] = field(default_factory=list)
+    surprise: list[Doubles] = field(default_factory=list)
+    reference_surprise: list[Doubles] = field(default_factory=list)
+    divergence: list[Doubles] = field(default_factory=list)
     agreement: list[NDArray[np.bool_]] = field(default_factory=list)
 
     def add(self, where: str, window: Ints, positions: slice, exact: Floats, ours: Floats) -> None:
@@ -114,12 +115,22 @@ class _Tally:
             if not np.isfinite(given).all():
                 raise CheckFailed(f"{where} of the text: logits of {name} are not finite; see verify for where from")
         log_p, log_q = _log_softmax(exact), _log_softmax(ours)
-        self.agreement.append(exact.argmax(-1) == ours.argmax(-1))
         rows = np.arange(len(following))  # one fewer at the end of a window, where nothing follows
-        self.surprise.append(-log_q[rows, following])
-        self.reference_surprise.append(-log_p[rows, following])
-        # Rounding alone takes the sum below 0, where nothing differs.
-        self.divergence.append(np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0))
+        self.note(
+            surprise=-log_q[rows, following],
+            reference_surprise=-log_p[rows, following],
+            divergence=(np.exp(log_p) * (log_p - log_q)).sum(-1),
+            agreement=exact.argmax(-1) == ours.argmax(-1),
+        )
+
+    def note(
+        self, *, surprise: Doubles, reference_surprise: Doubles, divergence: Doubles, agreement: NDArray[np.bool_]
+    ) -> None:
+        """Note what was made of some positions' logits."""
+        self.surprise.append(surprise)
+        self.reference_surprise.append(reference_surprise)
+        self.divergence.append(np.maximum(divergence, 0))  # rounding alone takes the sum below 0, where nothing differs
+        self.agreement.append(agreement)
 
     def quality(self, text: str, tokens: int) -> Quality:
         """The figures of all positions."""

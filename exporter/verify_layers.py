@@ -182,27 +182,21 @@ class _LayeredGate:
 
     def _run_head(self) -> tuple[list[Step], list[Floats]]:
         """The steps with their logits, and those of the last row; of transformers, in its own place."""
-        steps, last = self._steps.empty_logits(), self._last.empty_logits()
         references = [self._exact, *(yardstick for yardstick, _ in self._yardsticks)]
         references += [self._turned] if self._turned is not None else []
         for reference in references:
             reference.begin_head(self._bundle.vocab_size)
-        for part, segment in self._segments.head(self._hidden):
-            self._steps.logits(segment, steps, part)
-            self._last.logits(segment, last, part)
-            del segment
-            matrix = self._weights.read(HEAD, part)
-            for reference in references:
-                reference.run_head(matrix, part)
+            for part in self._segments.vocabulary(self._hidden):
+                reference.run_head(self._weights.read(HEAD, part), part)
+        steps = self._steps.all_logits(self._segments.head(self._hidden))
+        last = self._last.all_logits(self._segments.head(self._hidden))
         answered = [asked.answered(logits) for asked, logits in zip(self._steps.requests, steps, strict=True)]
         return answered, [logits[0] for logits in last]
 
     def _run_products(self) -> list[Step]:
         """The steps as ONNX Runtime's products give them."""
         assert self._kernels is not None
-        logits = self._kernels.empty_logits()
-        for part, segment in self._products.head(self._hidden):
-            self._kernels.logits(segment, logits, part)
+        logits = self._kernels.all_logits(self._products.head(self._hidden))
         return [asked.answered(own) for asked, own in zip(self._kernels.requests, logits, strict=True)]
 
 

@@ -85,16 +85,16 @@ class Segments:
         outputs = [self.stream_name(layer + 1), *present_names(layer)]
         return self._between(self.stream_name(layer), outputs)
 
-    def head(self, hidden: int) -> Iterator[tuple[slice, Segment]]:
-        """From the last layer's output to the logits, a run of the vocabulary at a time.
-
-        Args:
-            hidden: the width of what the head reads.
-        """
-        vocab, given = self._bundle.vocab_size, self.stream_name(self.layers)
+    def vocabulary(self, hidden: int) -> list[slice]:
+        """The runs of the vocabulary that the head is cut into, by the width of what it reads."""
         step = max(2, SLICE_BYTES // (4 * hidden) // 2 * 2)
-        for start in range(0, vocab, step):
-            part = slice(start, min(start + step, vocab))
+        vocab = self._bundle.vocab_size
+        return [slice(start, min(start + step, vocab)) for start in range(0, vocab, step)]
+
+    def head(self, hidden: int) -> Iterator[tuple[slice, Segment]]:
+        """From the last layer's output to the logits, a run of the vocabulary at a time; see `vocabulary`."""
+        given = self.stream_name(self.layers)
+        for part in self.vocabulary(hidden):
             weights = {
                 str(value.name): read_tensor(value.const_value, part, axis).contiguous()
                 for value, axis in self._head_weights.items()
