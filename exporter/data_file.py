@@ -5,21 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import onnx_ir as ir
 
-from exporter.tensor_slices import read_into
+from exporter.file_digest import FileDigest
 from runtime.manifest import FileRecord
-
-_CHUNK = 1 << 22  # read and hashed at once
-_BATCH = 16 * _CHUNK  # what an interruption waits for
 
 
 @dataclass(frozen=True)
@@ -59,9 +53,8 @@ class DataFile:
         self.places: list[Place] = []
         self._done: dict[Place, int] = {}
         self._file = path.open("w+b", buffering=0)
-        self._digest, self._hashed, self._first = sha256(), 0, 0
-        self._hasher = ThreadPoolExecutor(1, "hash")
-        self._pending: list[Future[None]] = []
+        self._digest = FileDigest(self._file.fileno(), path)
+        self._first = 0  # of the places that are not finished
 
     def add(self, place: Place) -> None:
         """Reserve a place behind the others."""
@@ -92,7 +85,7 @@ class DataFile:
         while self._first < len(self.places) and self._done[self.places[self._first]] == self.places[self._first].size:
             self._first += 1
         here = self.places[self._first] if self._first < len(self.places) else None
-        self._hash_to(self.places[-1].end if here is None else here.offset + self._done[here])
+        self._digest.to(self.places[-1].end if here is None else here.offset + self._done[here])
 
     def record(self) -> FileRecord:
         """Hash and size of the file, once every place is finished.
@@ -100,11 +93,8 @@ class DataFile:
         Raises:
             OSError: it could not be read again.
         """
-        for pending in self._pending:
-            pending.result()
-        size = self.places[-1].end if self.places else 0
-        assert self._hashed == size, "every place is finished"
-        return FileRecord(sha256=self._digest.hexdigest(), bytes=size)
+        assert self._first == len(self.places), "every place is finished"
+        return self._digest.record()
 
     def __enter__(self) -> Self:
         return self
@@ -113,7 +103,7 @@ class DataFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._hasher.shutdown(wait=True, cancel_futures=True)
+            self._digest.__exit__(kind, error, trace)
         finally:
             self._file.close()
 
@@ -121,21 +111,6 @@ class DataFile:
         while data:
             done = os.pwrite(self._file.fileno(), data, at)
             data, at = data[done:], at + done
-
-    def _hash_to(self, end: int) -> None:
-        while self._hashed < end:
-            batch = min(_BATCH, end - self._hashed)
-            self._pending.append(self._hasher.submit(self._hash, self._hashed, self._hashed + batch))
-            self._hashed += batch
-        while len(self._pending) > 1 and self._pending[0].done():
-            self._pending.pop(0).result()
-
-    def _hash(self, start: int, end: int) -> None:
-        buffer = np.empty(_CHUNK, np.uint8).data
-        while start < end:
-            part = buffer[: min(_CHUNK, end - start)]
-            start = read_into(self._file.fileno(), part, start, self.path)
-            self._digest.update(part)
 
 
 def lay_out(file: DataFile, values: Sequence[ir.Value], alignment: int) -> list[Place]:

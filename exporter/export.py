@@ -119,7 +119,7 @@ def export(
                     checkpoint, plan.precision, sample, directory, progress, norm_handed_out=form.hidden_states
                 )
         with clock.stage("passes"):
-            wanted = passes.Wanted(task.name, form, plan.precision)
+            wanted = passes.Wanted(task.name, form, plan.precision, plan.target, as_stored=plan.link)
             reports = passes.run(passes.pipeline(spec, *rope_tables(spec, plan.max_length), wanted), model)
             lowered = lower(model, options.target, spec.layers, calibrated.cache_scales)
         with clock.stage("weights"):
@@ -158,8 +158,10 @@ def _write_files(
     total = weight_bytes(model)
     data = directory / f"{MODEL}.data"
     # Constants are written, and not counted.
-    record = write_weights(model, checkpoint, data, calibrated, lambda d: progress("weights", min(d, total), total))
-    hashed = {data.name: record}
+    hashed = write_weights(
+        *(model, checkpoint, data, calibrated, lambda done: progress("weights", min(done, total), total)),
+        link=plan.link,
+    )
     calibrated.save(directory)
     ir.save(model, directory / MODEL)
     if plan.form.embeds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator
@@ -56,6 +57,11 @@ class TensorInfo:
     def pickled(self) -> bool:
         """Whether the file is torch's pickle and not safetensors."""
         return is_pickle(self.file)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return math.prod(self.shape) * (4 if self.dtype == "F32" else 2)
 
     def check_unchanged(self, found: Stamp) -> None:
         """Refuse a file that is not the one whose header was read.

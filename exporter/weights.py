@@ -19,6 +19,7 @@ import onnx_ir as ir
 from exporter.calibrated import Calibrated
 from exporter.checkpoint import Checkpoint
 from exporter.data_file import DataFile, Place, lay_out
+from exporter.linked import external, link_files, linkable, read_linked
 from exporter.origin import is_weight, origin_of, part_of
 from exporter.parameters import EMBEDDING, weight_source
 from exporter.scaling import Scaling
@@ -48,7 +49,9 @@ def write_weights(
     path: Path,
     calibrated: Calibrated | None = None,
     progress: Progress = lambda _: None,
-) -> FileRecord:
+    *,
+    link: bool = False,
+) -> dict[str, FileRecord]:
     """Write every weight and large constant of the graph to `path` and let the graph refer to it.
 
     A tensor is read once, in slices, for all initializers that come from it. Slices become what the initializers hold,
@@ -59,17 +62,21 @@ def write_weights(
         checkpoint: where the weights come from.
         path: the data file, beside which model.onnx will stand.
         calibrated: factors that weights have, and matrices that are rounded already.
-        progress: called with the bytes written so far.
+        progress: called with the bytes written so far, or read of what is linked.
+        link: put the checkpoint's files beside the data file, for what they hold as it is.
 
     Returns:
-        The file's size and hash.
+        Sizes and hashes of the files by their names.
 
     Raises:
         UserError: a tensor is missing, misshapen, unreadable or not finite, or a file changes while it is read.
         OSError: the file cannot be written.
     """
     calibrated = calibrated or Calibrated(Scaling(checkpoint.spec))
-    values = [value for value in model.graph.initializers.values() if _stored(value)]
+    everything = list(model.graph.initializers.values())
+    linked = linkable(everything, checkpoint, calibrated.scaling) if link else {}
+    link_files(linked.values(), checkpoint, path.parent)
+    values = [value for value in everything if _stored(value) and value not in linked]
     with DataFile(path) as file:
         places = dict(zip(values, lay_out(file, values, ALIGNMENT), strict=True))
         sources, rounded = _sinks(places, checkpoint, calibrated)
@@ -83,11 +90,14 @@ def write_weights(
                 matrix.write(file, 0, arrays)
             written.whole(*matrix.places)
         _fill(file, sources, checkpoint, written)
+        records = read_linked(linked.values(), checkpoint, written.count)
         checkpoint.check_unchanged()
-        record = file.record()
+        records[path.name] = file.record()
     for value, place in places.items():
         value.const_value = _external(value, path, place)
-    return record
+    for value, name in linked.items():
+        value.const_value = external(value, name, checkpoint, path.parent)
+    return records
 
 
 def write_embeddings(checkpoint: Checkpoint, path: Path) -> FileRecord:
@@ -201,12 +211,16 @@ class _Written:
         self._file, self._progress = file, progress
         self._bytes = 0
 
+    def count(self, more: int) -> None:
+        """Bytes that are done."""
+        self._bytes += more
+        self._progress(self._bytes)
+
     def whole(self, *places: Place) -> None:
         """Places that have been filled at once."""
         for place in places:
-            self._bytes += place.size
             self._file.finished(place, place.size)
-        self._progress(self._bytes)
+            self.count(place.size)
 
     def rows(self, task: _Task) -> None:
         """Wait for a task.
@@ -218,10 +232,9 @@ class _Written:
         for sink in task.sinks:
             for place in sink.places:
                 before, done = (place.size * row // task.count for row in (task.start, task.end))
-                self._bytes += done - before
                 if not sink.by_columns or task.end == task.count:
                     self._file.finished(place, done)
-        self._progress(self._bytes)
+                self.count(done - before)
 
 
 def _slices(source: str, sinks: list[Sink], checkpoint: Checkpoint) -> Iterable[tuple[int, torch.Tensor]]:

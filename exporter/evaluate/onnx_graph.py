@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import partial
 from pathlib import Path
@@ -110,7 +111,7 @@ def _torch_dtype(found: ir.DataType | None, what: str) -> torch.dtype:
 
 def read_tensor(tensor: ir.TensorProtocol) -> Tensor:
     """An initializer's content, mapped where it is in a file; int4 in a byte each."""
-    array = tensor.numpy()
+    array = _mapped(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor.numpy()
     if tensor.dtype == ir.DataType.BFLOAT16:
         return as_torch(array.view(np.int16)).view(torch.bfloat16)
     if tensor.dtype == ir.DataType.FLOAT8E4M3FN:
@@ -118,6 +119,18 @@ def read_tensor(tensor: ir.TensorProtocol) -> Tensor:
     if tensor.dtype == ir.DataType.INT4:
         return as_torch(array.astype(np.int8))
     return as_torch(array)
+
+
+def _mapped(tensor: ir.ExternalTensor) -> np.ndarray[Any, Any]:
+    """As `tensor.numpy()`, which refuses files that have other names: those of checkpoints, which bundles link."""
+    if tensor.dtype == ir.DataType.INT4:  # two in a byte, in no checkpoint
+        return tensor.numpy()
+    offset, dtype = tensor.offset or 0, tensor.dtype.numpy()
+    shape = tuple(int(dim) for dim in tensor.shape.numpy())
+    count = math.prod(shape)
+    if offset % dtype.itemsize:
+        return np.fromfile(tensor.path, dtype, count, offset=offset).reshape(shape)
+    return np.memmap(tensor.path, np.uint8, "r", offset, (count * dtype.itemsize,)).view(dtype).reshape(shape)
 
 
 def as_torch(array: np.ndarray[Any, Any]) -> Tensor:
