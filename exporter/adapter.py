@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.adapter_config import AdapterConfig
-from exporter.tensor_files import TensorInfo, content, read_header, read_tensor
+from exporter.tensor_files import TensorInfo, read_header
+from exporter.tensor_slices import all_finite, content, read_tensor
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Adapter:
             a, b = (self._read(change.factors[which], digest).float() for which in ("A", "B"))
             left, right = (a.t(), b.t()) if change.embedding else (b, a)
             merged.addmm_(left, right, alpha=change.scaling)
-        if not torch.isfinite(merged).all():
+        if not all_finite(merged):
             raise UserError(f"{self.path} makes {name} leave the range of fp32; it is damaged, save it again")
         return merged, digest.hexdigest()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,11 @@ class Calibrated:
     cache_scales: CacheScales | None = None
     record: Calibration | None = None
 
-    def parts(self, tensor: str) -> dict[str, NDArray[Any]] | None:
-        """The parts of a matrix, as `Rounding.apply` gives them; None where it was not rounded."""
-        path = self.rounded.get(tensor)
-        if path is None:
-            return None
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+    @contextmanager
+    def parts(self, tensor: str) -> Iterator[Mapping[str, NDArray[Any]]]:
+        """The parts of a matrix that was rounded, as `Rounding.apply` gives them, each read when it is asked for."""
+        with np.load(self.rounded[tensor], allow_pickle=False) as file:
+            yield file
 
     def save(self, directory: Path) -> None:
         """Once weights are written: leave factors and scales in the bundle, and remove the rounded matrices."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from exporter.adapter import Adapter
 from exporter.hub import locate, repository_name
 from exporter.spec import NemotronSpec, read_spec
-from exporter.tensor_files import TensorInfo, content, read_checkpoint_headers, read_tensor
+from exporter.tensor_files import Stamp, TensorInfo, read_checkpoint_headers
+from exporter.tensor_slices import content, read_rows, read_slices, read_tensor, rows_at_once
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,10 +89,10 @@ class Checkpoint:
         """
         info = self.tensors[name]
         tensor = read_tensor(name, info)
-        header = f"{name} {info.dtype} {list(info.shape)} "
-        digest = hashlib.sha256(header.encode())
-        digest.update(content(tensor))
-        self._digests[name] = digest.hexdigest()
+        if name not in self._digests:
+            digest = _begun(name, info)
+            digest.update(content(tensor))
+            self._digests[name] = digest.hexdigest()
         if self.adapter is None or name not in self.adapter.changes:
             return tensor
         merged, self._digests[f"{name} adapted"] = self.adapter.merge(name, tensor)
@@ -99,7 +100,42 @@ class Checkpoint:
 
     def read_rows(self, name: str, rows: slice) -> torch.Tensor:
         """Some rows of a tensor, as `read` gives them; they do not count for the fingerprint."""
-        return read_tensor(name, self.tensors[name])[rows] if name not in self.adapted else self.read(name)[rows]
+        return self.read(name)[rows] if name in self.adapted else read_rows(name, self.tensors[name], rows)
+
+    def slices(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Read one tensor, as `read` does, some rows at a time: each slice with the index of its first row.
+
+        All rows are those of a slice but for the last slice's, and their number is a multiple of 64. What an adapter
+        changes is merged in one piece.
+
+        Raises:
+            UserError: the file cannot be read or has changed, or a slice holds NaN or infinity.
+        """
+        if name in self.adapted:
+            merged = self.read(name)
+            rows = rows_at_once(tuple(merged.shape), merged.itemsize)
+            yield from ((start, merged[start : start + rows]) for start in range(0, len(merged), rows))
+            return
+        info = self.tensors[name]
+        digest = None if name in self._digests else _begun(name, info)
+        for start, rows_of in read_slices(name, info):
+            if digest is not None:
+                digest.update(content(rows_of))
+            yield start, rows_of
+        if digest is not None:
+            self._digests[name] = digest.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Check that every file is the one whose header was read.
+
+        Raises:
+            UserError: one is gone, or has changed.
+        """
+        for info in {info.file: info for info in self.tensors.values()}.values():
+            try:
+                info.check_unchanged(Stamp.of(info.file))
+            except OSError as error:
+                raise UserError(f"cannot read {info.file}: {error.strerror}; mend it and start again") from error
 
     def fingerprint(self) -> str:
         """sha256 over the sorted digests of (name, dtype, shape, bytes) of every tensor that was read.
@@ -107,3 +143,8 @@ class Checkpoint:
         Where there is an adapter, the digests of its changes are among them.
         """
         return hashlib.sha256("\n".join(sorted(self._digests.values())).encode()).hexdigest()
+
+
+def _begun(name: str, info: TensorInfo) -> Any:
+    """The digest of a tensor, before its bytes."""
+    return hashlib.sha256(f"{name} {info.dtype} {list(info.shape)} ".encode())

@@ -38,7 +38,18 @@ from exporter.weights import weight_bytes, write_embeddings, write_weights
 from runtime.bundle import Bundle, describe_files
 from runtime.contract import EMBED_TOKENS
 from runtime.errors import CheckFailed, UserError
-from runtime.manifest import GOLDEN, MODEL, Graph, Lowering, Manifest, PassRecord, Quantization, Source, TensorSpec
+from runtime.manifest import (
+    GOLDEN,
+    MODEL,
+    FileRecord,
+    Graph,
+    Lowering,
+    Manifest,
+    PassRecord,
+    Quantization,
+    Source,
+    TensorSpec,
+)
 from runtime.ort_session import OrtSession
 
 Progress = Callable[[str, int, int], None]
@@ -108,12 +119,12 @@ def export(
                     checkpoint, plan.precision, sample, directory, progress, norm_handed_out=form.hidden_states
                 )
         with clock.stage("passes"):
-            wanted = passes.Wanted(task.name, form, plan.precision)
+            wanted = passes.Wanted(task.name, form, plan.precision, plan.target, as_stored=plan.link)
             reports = passes.run(passes.pipeline(spec, *rope_tables(spec, plan.max_length), wanted), model)
             lowered = lower(model, options.target, spec.layers, calibrated.cache_scales)
         with clock.stage("weights"):
-            _write_files(directory, checkpoint, plan, calibrated, model, progress)
-            manifest = _manifest(directory, checkpoint, plan, calibrated, model, lowered, reports)
+            hashed = _write_files(directory, checkpoint, plan, calibrated, model, progress)
+            manifest = _manifest(directory, checkpoint, plan, calibrated, model, lowered, reports, hashed)
             manifest.save(directory)
         if options.verify:
             with clock.stage("verify"):
@@ -138,19 +149,27 @@ def _check_place(destination: Path, checkpoint: Checkpoint, force: bool) -> None
 
 def _write_files(
     directory: Path, checkpoint: Checkpoint, plan: Plan, calibrated: Calibrated, model: ir.Model, progress: Progress
-) -> None:
-    """The graph, its weights, and everything of the checkpoint that goes with them."""
+) -> dict[str, FileRecord]:
+    """The graph, its weights, and everything of the checkpoint that goes with them.
+
+    Returns:
+        Records of the files that were hashed while they were written.
+    """
     total = weight_bytes(model)
     data = directory / f"{MODEL}.data"
-    # Alignment and constants are written, and not counted.
-    write_weights(model, checkpoint, data, calibrated, lambda done: progress("weights", min(done, total), total))
+    # Constants are written, and not counted.
+    hashed = write_weights(
+        *(model, checkpoint, data, calibrated, lambda done: progress("weights", min(done, total), total)),
+        link=plan.link,
+    )
     calibrated.save(directory)
     ir.save(model, directory / MODEL)
     if plan.form.embeds:
-        write_embeddings(checkpoint, directory / EMBED_TOKENS)
+        hashed[EMBED_TOKENS] = write_embeddings(checkpoint, directory / EMBED_TOKENS)
     write_companions(checkpoint, directory, plan.task)
     if plan.form == GraphForm() and (plan.task.name, plan.target) == (GENERATION, "onnxruntime"):
         write_genai_config(checkpoint, directory, plan.max_length)
+    return hashed
 
 
 def _manifest(
@@ -161,6 +180,7 @@ def _manifest(
     model: ir.Model,
     lowered: Lowered,
     reports: list[PassReport],
+    hashed: dict[str, FileRecord],
 ) -> Manifest:
     """The manifest of what has been written so far; parity is not known yet."""
     return Manifest(
@@ -182,7 +202,7 @@ def _manifest(
         graph=_describe_graph(model),
         passes=tuple(PassRecord(name=report.name, count=report.count) for report in reports),
         lowering=Lowering(attention=lowered.attention, fallbacks=lowered.fallbacks),
-        files=describe_files(directory),
+        files=describe_files(directory, known=hashed),
     )
 
 
@@ -210,7 +230,7 @@ def _gate(directory: Path, checkpoint: Checkpoint, manifest: Manifest, progress:
         )
     assert result.golden is not None
     result.golden.save(directory / GOLDEN)
-    manifest = replace(manifest, parity=result.parity, files=describe_files(directory))
+    manifest = replace(manifest, parity=result.parity, files=describe_files(directory, known=manifest.files))
     manifest.save(directory)
     return manifest
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from exporter.rounding import Rounding
+from exporter.tensor_slices import empty
 
 if TYPE_CHECKING:
     import torch
@@ -37,13 +38,17 @@ class Origin:
         dtype: torch.dtype,
         scale: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, tensor: tensor,
     ) -> torch.Tensor:
-        """Turn the stored tensor into the initializer, contiguous, in this dtype.
+        """Turn the stored tensor, or some of its rows, into the initializer, or its rows or columns, in this dtype.
 
         The one is added in fp32: in bf16 the sum would lose up to 4e-3 of the norm's weight. Then the parameter is
-        scaled, as `exporter.scaling.Scaling.apply` does.
+        scaled, as `exporter.scaling.Scaling.apply` does. What comes out is contiguous.
         """
         result = scale(self.tensor, tensor.float() + 1.0 if self.plus_one else tensor)
-        return (result.t() if self.transposed else result).to(dtype).contiguous()
+        if self.transposed:
+            result = empty(tuple(result.shape)[::-1], result.dtype).copy_(result.t())  # cheaper before a wider dtype
+        if result.dtype != dtype or not result.is_contiguous():
+            result = empty(tuple(result.shape), dtype).copy_(result)
+        return result
 
 
 @dataclass(frozen=True)

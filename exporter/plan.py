@@ -19,6 +19,8 @@ from runtime.ort_session import import_onnxruntime
 from runtime.session import Ints
 
 INPUTS = ("ids", "embeds")
+WEIGHTS = ("copy", "link")
+_STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 WINDOW = 256  # tokens of a row by which quality is measured
 
 
@@ -49,6 +51,7 @@ class ExportOptions:
         max_perplexity_increase: the largest rise of perplexity over fp32 that passes, in percent.
         verify: run the parity gate; without it the bundle has no golden cases, and no quality is measured.
         force: replace a bundle that exists.
+        weights: `copy`, or `link` for the checkpoint's own files in the bundle, where they hold what the graph reads.
         adapter: a directory with a LoRA adapter to merge into the checkpoint.
         revision: branch, tag or commit, where the checkpoint is a hub id.
     """
@@ -74,6 +77,7 @@ class ExportOptions:
     max_perplexity_increase: float | None = None
     verify: bool = True
     force: bool = False
+    weights: str = "copy"
     adapter: Path | None = None
     revision: str | None = None
 
@@ -87,6 +91,7 @@ class Plan:
     max_length: int
     target: str
     precision: Precision
+    link: bool
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
         ("task", task, TASKS),
         ("target", options.target, TARGETS),
         ("inputs", options.inputs, INPUTS),
+        ("weights", options.weights, WEIGHTS),
     )
     for what, value, known in choices:
         if value not in known:
@@ -126,6 +132,9 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     )
     check_form(form, task, options.target)
     _check_kv_cache(options, form)
+    link = options.weights == "link"
+    if link:
+        _check_linked(checkpoint, precision)
     if precision.quantized and not form.cache:
         raise UserError(
             f"--precision {precision.name} is of {GENERATION} with a cache; export this graph with fp32, fp16 or bf16"
@@ -133,7 +142,7 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     if options.target == "onnxruntime" and (precision.quantized or (options.verify and precision.name == "fp32")):
         import_onnxruntime()  # it packs the weights, and the gate runs the graph: better to know now
     length = checked_length(checkpoint.spec, options.max_length)
-    return Plan(TASKS[task], form, length, options.target, precision)
+    return Plan(TASKS[task], form, length, options.target, precision, link)
 
 
 def _check_kv_cache(options: ExportOptions, form: GraphForm) -> None:
@@ -153,6 +162,24 @@ def _check_kv_cache(options: ExportOptions, form: GraphForm) -> None:
         raise UserError(
             f"{asked} goes with neither --position-ids nor --output-hidden-states, which are compared without a cache; "
             "leave one out"
+        )
+
+
+def _check_linked(checkpoint: Checkpoint, precision: Precision) -> None:
+    if not checkpoint.safetensors:
+        raise UserError(
+            f"--weights link: {checkpoint.path} has pickles, whose tensors a graph cannot refer to; "
+            "convert it to safetensors, or leave it out"
+        )
+    matrices = [
+        info for name, info in checkpoint.tensors.items() if len(info.shape) > 1 and name not in checkpoint.adapted
+    ]
+    stored = sorted({_STORED[info.dtype] for info in matrices})
+    if precision.quantized or precision.activations not in stored:
+        linked = f"export with --precision {' or '.join(stored)}, or" if stored else "export"
+        raise UserError(
+            f"--weights link: at --precision {precision.name} no matrix is as {checkpoint.path} has it; "
+            f"{linked} with --weights copy"
         )
 
 

@@ -86,6 +86,10 @@ class Scaling:
         """What a matrix's columns are multiplied with, float32 [in_features]; None where they are as they were."""
         return self._of(name)[1]
 
+    def changes(self, name: str) -> bool:
+        """Whether a parameter has factors."""
+        return any(factor is not None for factor in self._of(name))
+
     @property
     def degree(self) -> int | None:
         """Of the activation, where factors pass through it."""

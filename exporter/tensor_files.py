@@ -1,50 +1,78 @@
-"""Files that hold named tensors, safetensors and torch's pickles: their headers, and one tensor at a time."""
+"""The files of a checkpoint, safetensors and torch's pickles: which tensors there are, and where each lies."""
 
 from __future__ import annotations
 
 import json
-import pickle
+import math
+import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from exporter.pickle_files import dtype_name, is_pickle, unpickled
 from runtime.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 LAYOUTS = ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX))  # a single file counts before an index, as for transformers
 FLOATS = ("F32", "F16", "BF16")  # safetensors' names of the dtypes a Nemotron checkpoint may hold
 
-_ZIP = b"PK\x03\x04"  # how files of torch.save begin since torch 1.6; the ones before cannot be mapped
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
-# What Python's and torch's unpicklers raise for bytes that are no pickle.
-_NO_PICKLE = (EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, struct.error)
-_REMEDY = "download it again, or convert the checkpoint to safetensors"
+_LENGTH = struct.Struct("<Q")  # of the JSON that follows it
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a file's state is told by, so that one that changes while it is read is not taken for a checkpoint."""
+
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, file: Path | int) -> Stamp:
+        """That of a path or a descriptor."""
+        found = os.stat(file)
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: its file, its safetensors dtype name and its shape."""
+    """Where a tensor lies: its file, its safetensors dtype name and its shape.
+
+    Attributes:
+        stamp: the file's when its header was read.
+        offset: the first of the tensor's bytes in a safetensors file; 0 in a pickle.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    stamp: Stamp
+    offset: int = 0
 
     @property
     def pickled(self) -> bool:
         """Whether the file is torch's pickle and not safetensors."""
         return is_pickle(self.file)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return math.prod(self.shape) * (4 if self.dtype == "F32" else 2)
 
-def is_pickle(file: Path) -> bool:
-    """Whether a file is taken for torch's pickle, by its name."""
-    return file.suffix == ".bin"
+    def check_unchanged(self, found: Stamp) -> None:
+        """Refuse a file that is not the one whose header was read.
+
+        Raises:
+            UserError: its stamp is another.
+        """
+        if found != self.stamp:
+            raise UserError(
+                f"{self.file} has changed or was truncated since the export began; start again when it is complete"
+            )
 
 
 def read_checkpoint_headers(path: Path) -> dict[str, TensorInfo]:
@@ -67,7 +95,7 @@ def read_checkpoint_headers(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes of a file's tensors; none is in memory afterwards.
+    """Names, dtypes, shapes and places of a file's tensors; none is in memory afterwards.
 
     Raises:
         UserError: the file is missing or damaged, a pickle holds anything but tensors, or a tensor is not fp32, fp16
@@ -75,107 +103,76 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """
     if not file.is_file():
         raise UserError(f"{file} is missing: the checkpoint is incomplete; download it again")
+    stamp = Stamp.of(file)
     if is_pickle(file):
         tensors = {
-            name: TensorInfo(file, _dtype_name(tensor), tuple(tensor.shape))
-            for name, tensor in _unpickled(file).items()
+            name: TensorInfo(file, dtype_name(tensor), tuple(tensor.shape), stamp)
+            for name, tensor in unpickled(file).items()
         }
     else:
-        with _opened(file) as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-            tensors = {
-                name: TensorInfo(file, view.get_dtype(), tuple(view.get_shape())) for name, view in slices.items()
-            }
+        tensors = _of_safetensors(file, stamp)
     for name, info in tensors.items():
         if info.dtype not in FLOATS:
             raise UserError(f"{file}: tensor {name} is {info.dtype}; convert it, known: {', '.join(FLOATS)}")
     return tensors
 
 
-def read_tensor(name: str, info: TensorInfo) -> torch.Tensor:
-    """One tensor in its stored dtype and shape, contiguous; its file is mapped, so no other takes memory.
+def _of_safetensors(path: Path, stamp: Stamp) -> dict[str, TensorInfo]:
+    """The library checks the header (places without holes or overlap, of the sizes of their shapes); it is read here.
+
+    The library does not say where a tensor lies, and takes the last of two of one name.
+    """
+    with _told(path):
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as opened:
+            known = set(opened.keys())
+        with path.open("rb") as file:
+            (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+            header = dict(_unique(json.loads(file.read(length), object_pairs_hook=_Pairs), path))
+    header.pop("__metadata__", None)
+    if header.keys() != known:
+        raise UserError(f"{path} has changed since it was opened; start again when it is complete")
+    tensors = {}
+    for name, pairs in header.items():
+        fields = dict(_unique(pairs, path))
+        offset = _LENGTH.size + length + fields["data_offsets"][0]
+        tensors[name] = TensorInfo(path, fields["dtype"], tuple(fields["shape"]), stamp, offset)
+    return tensors
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as it stands, duplicates included."""
+
+
+def _unique(pairs: list[tuple[str, Any]], path: Path) -> list[tuple[str, Any]]:
+    """Pairs of a JSON object, whose last of two of one name would silently count.
 
     Raises:
-        UserError: the file cannot be read, or the tensor holds NaN or infinity.
+        UserError: a name is there twice.
     """
-    import torch
-
-    if info.pickled:
-        tensors = _unpickled(info.file)
-        if name not in tensors:
-            raise UserError(f"{info.file}: tensor {name} has gone since the file was opened; start again")
-        tensor = tensors[name].detach()
-    else:
-        with _opened(info.file) as file:
-            tensor = file.get_tensor(name)
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"{info.file}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
-    return tensor.contiguous()
-
-
-def content(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor."""
-    import torch
-
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+    seen = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise UserError(f"{path} names {name} twice, and the two may differ; download it again")
+        seen.add(name)
+    return pairs
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
+def _told(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}); it is damaged or truncated") from error
-    except RuntimeError as error:  # torch maps the whole file, which counts as memory
-        raise UserError(
-            f"{path} cannot be mapped into memory ({error}); free memory, or save smaller shards"
-        ) from error
-
-
-def _unpickled(path: Path) -> Mapping[str, torch.Tensor]:
-    """The tensors of a file that torch.save wrote, mapped into memory and not read; no code of the pickle runs."""
-    import torch
-
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(_ZIP))
-        if magic != _ZIP:
-            raise UserError(f"{path} is not in the zip format of torch.save, which alone can be mapped; {_REMEDY}")
-        value = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds more than tensors, or is damaged, and unpickling it could run code; convert the checkpoint "
-            "to safetensors where you trust it"
-        ) from error
-    except (OSError, RuntimeError, *_NO_PICKLE) as error:
+        yield
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f"{path} cannot be read as a pickle of tensors ({reason}); {_REMEDY}") from error
-    return _checked(value, path)
-
-
-def _checked(value: Any, path: Path) -> Mapping[str, torch.Tensor]:
-    import torch
-
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, not named tensors; {_REMEDY}")
-    for name, tensor in value.items():
-        plain = (
-            isinstance(name, str)
-            and isinstance(tensor, torch.Tensor)
-            and tensor.layout is torch.strided
-            and tensor.device.type == "cpu"  # a tensor saved from the meta device has no content
-        )
-        if not plain:
-            raise UserError(f"{path}: {name!r} is no tensor with content but a {type(tensor).__name__}; {_REMEDY}")
-    return value
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    name = str(tensor.dtype).removeprefix("torch.")
-    return _DTYPES.get(name, name)
+        raise UserError(f"{path} cannot be read as safetensors ({reason}); it is damaged or truncated") from error
+    except RuntimeError as error:  # torch maps the whole file, which counts as memory
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(
+            f"{path} cannot be mapped into memory ({reason}); free memory, or save smaller shards"
+        ) from error
 
 
 def _shards(path: Path) -> tuple[str, dict[Path, set[str]]]:
@@ -191,13 +188,16 @@ def _shards(path: Path) -> tuple[str, dict[Path, set[str]]]:
 
 def _indexed(path: Path, index: Path) -> dict[Path, set[str]]:
     try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_Pairs)
+        weight_map = dict(content)["weight_map"]
+        if not isinstance(weight_map, _Pairs):
+            raise TypeError(f"weight_map is a {type(weight_map).__name__}")
     except OSError as error:
         raise UserError(f"cannot read {index}: {error.strerror}; change its permissions or copy it again") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is not an index of shards ({error!r}); download it again") from error
     shards: dict[Path, set[str]] = {}
-    for name, file in weight_map.items():
+    for name, file in _unique(weight_map, index):
         if not isinstance(file, str) or Path(file).name != file:
             raise UserError(f"{index} names {file!r}, which is not a file of this directory; download it again")
         shards.setdefault(path / file, set()).add(name)

@@ -1,34 +1,40 @@
-"""Weights go from the checkpoint into the bundle's external data one tensor at a time."""
+"""Weights go from the checkpoint into the bundle's external data, some rows of one tensor at a time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from exporter.calibrated import Calibrated
 from exporter.checkpoint import Checkpoint
-from exporter.origin import Origin, Part, is_weight, origin_of, part_of
+from exporter.data_file import DataFile, Place, lay_out
+from exporter.linked import external, link_files, linkable, read_linked
+from exporter.origin import is_weight, origin_of, part_of
 from exporter.parameters import EMBEDDING, weight_source
-from exporter.rounding import SCALES
 from exporter.scaling import Scaling
-from runtime.errors import UserError
+from exporter.tensor_slices import content
+from exporter.weight_slices import Rounded, Sink, Whole
+from runtime.manifest import FileRecord
+
+if TYPE_CHECKING:
+    import torch
 
 ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
 INLINE_BYTES = 1024  # constants up to this size stay in model.onnx
+_WORKERS = min(4, os.cpu_count() or 1)  # each holds a slice, and what it becomes
 
-
-def write_embeddings(checkpoint: Checkpoint, path: Path) -> None:
-    """Write the embedding of every token, float32 [vocab, hidden], for graphs whose input is embeddings."""
-    import numpy as np
-
-    np.save(path, checkpoint.read(weight_source(EMBEDDING, checkpoint)).float().numpy(), allow_pickle=False)
+Progress = Callable[[int], None]
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -42,99 +48,206 @@ def write_weights(
     checkpoint: Checkpoint,
     path: Path,
     calibrated: Calibrated | None = None,
-    progress: Callable[[int], None] = lambda _: None,
-) -> None:
+    progress: Progress = lambda _: None,
+    *,
+    link: bool = False,
+) -> dict[str, FileRecord]:
     """Write every weight and large constant of the graph to `path` and let the graph refer to it.
 
-    Memory is bounded by the largest tensor in fp32. The parts of a rounded matrix stand side by side among the
-    initializers, so that it is read and rounded once.
+    A tensor is read once, in slices, for all initializers that come from it. Slices become what the initializers hold,
+    and are written, in threads, while the next ones are read; how many there are does not depend on the model.
 
     Args:
         model: the lowered graph; its initializers are given external tensors.
         checkpoint: where the weights come from.
         path: the data file, beside which model.onnx will stand.
         calibrated: factors that weights have, and matrices that are rounded already.
-        progress: called with the bytes written after each tensor.
+        progress: called with the bytes written so far, or read of what is linked.
+        link: put the checkpoint's files beside the data file, for what they hold as it is.
+
+    Returns:
+        Sizes and hashes of the files by their names.
 
     Raises:
-        UserError: a tensor is missing, misshapen, unreadable or not finite.
+        UserError: a tensor is missing, misshapen, unreadable or not finite, or a file changes while it is read.
+        OSError: the file cannot be written.
     """
-    reader = _Reader(checkpoint, calibrated or Calibrated(Scaling(checkpoint.spec)))
-    with path.open("wb") as file:
-        for value in model.graph.initializers.values():
-            assert value.name is not None
-            if is_weight(value):
-                value.const_value = _append(file, path, value, reader.content(value))
-            elif value.const_value is not None and value.const_value.nbytes > INLINE_BYTES:
-                value.const_value = _append(file, path, value, memoryview(value.const_value.tobytes()))
+    calibrated = calibrated or Calibrated(Scaling(checkpoint.spec))
+    everything = list(model.graph.initializers.values())
+    linked = linkable(everything, checkpoint, calibrated.scaling) if link else {}
+    link_files(linked.values(), checkpoint, path.parent)
+    values = [value for value in everything if _stored(value) and value not in linked]
+    with DataFile(path) as file:
+        places = dict(zip(values, lay_out(file, values, ALIGNMENT), strict=True))
+        sources, rounded = _sinks(places, checkpoint, calibrated)
+        written = _Written(file, progress)
+        for value, place in places.items():
+            if value.const_value is not None:
+                file.write_rows(place, 0, memoryview(value.const_value.tobytes()))
+                written.whole(place)
+        for matrix in rounded:
+            with calibrated.parts(matrix.tensor) as arrays:
+                matrix.write(file, 0, arrays)
+            written.whole(*matrix.places)
+        _fill(file, sources, checkpoint, written)
+        records = read_linked(linked.values(), checkpoint, written.count)
+        checkpoint.check_unchanged()
+        records[path.name] = file.record()
+    for value, place in places.items():
+        value.const_value = _external(value, path, place)
+    for value, name in linked.items():
+        value.const_value = external(value, name, checkpoint, path.parent)
+    return records
+
+
+def write_embeddings(checkpoint: Checkpoint, path: Path) -> FileRecord:
+    """Write the embedding of every token, float32 [vocab, hidden], for graphs whose input is embeddings.
+
+    Returns:
+        The file's size and hash.
+    """
+    source = weight_source(EMBEDDING, checkpoint)
+    with path.open("w+b") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": checkpoint.tensors[source].shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.seek(0)
+        digest = sha256(file.read())
+        for _, rows in checkpoint.slices(source):
+            data = content(rows.float())
+            digest.update(data)
+            file.write(data)
+        return FileRecord(sha256=digest.hexdigest(), bytes=file.tell())
+
+
+def _stored(value: ir.Value) -> bool:
+    """Whether an initializer goes to the data file."""
+    return is_weight(value) or (value.const_value is not None and value.const_value.nbytes > INLINE_BYTES)
+
+
+def _sinks(
+    places: dict[ir.Value, Place], checkpoint: Checkpoint, calibrated: Calibrated
+) -> tuple[dict[str, list[Sink]], list[Rounded]]:
+    """What is filled from each of the checkpoint's tensors, and the matrices that calibration has rounded.
+
+    Raises:
+        UserError: a tensor is missing or misshapen.
+    """
+    sources: dict[str, list[Sink]] = {}
+    matrices: dict[str, Rounded] = {}
+    done = []
+    for value, place in places.items():
+        if value.const_value is not None:
+            continue
+        assert value.name is not None
+        assert value.dtype is not None
+        part = part_of(value)
+        if part is None:
+            origin = origin_of(value)
+            source = weight_source(origin.tensor, checkpoint)
+            checkpoint.require(source, origin.source_shape(place.shape))
+            sources.setdefault(source, []).append(Whole(source, origin, value.dtype, place, calibrated.scaling))
+            continue
+        name, tensor = value.name.removesuffix(f".{part.name}"), part.matrix.tensor
+        if name not in matrices:
+            matrices[name] = Rounded(tensor, part.rounding, {}, calibrated.scaling)
+            if tensor in calibrated.rounded:
+                done.append(matrices[name])
             else:
-                continue
-            progress(file.tell())
+                sources.setdefault(weight_source(tensor, checkpoint), []).append(matrices[name])
+        matrices[name].parts[part.name] = value.dtype, place
+    return sources, done
 
 
-class _Reader:
-    """Reads what initializers hold; of the matrix that was rounded last, all parts are kept."""
+@dataclass(frozen=True)
+class _Task:
+    """Rows `start` to `end` of a tensor's `count`, on their way into initializers."""
 
-    def __init__(self, checkpoint: Checkpoint, calibrated: Calibrated) -> None:
-        self._checkpoint, self._calibrated = checkpoint, calibrated
-        self._rounded: tuple[Part, dict[str, NDArray[Any]]] | None = None
+    future: Future[None]
+    sinks: list[Sink]
+    start: int
+    end: int
+    count: int
 
-    def content(self, value: ir.Value) -> memoryview:
-        """The bytes of an initializer.
+
+def _fill(file: DataFile, sources: dict[str, list[Sink]], checkpoint: Checkpoint, written: _Written) -> None:
+    """Read every source once and fill what comes from it, a few slices at a time under way."""
+    under_way: deque[_Task] = deque()
+    with _workers() as pool:
+        for source, sinks in sources.items():
+            count = checkpoint.tensors[source].shape[0]
+            for start, rows in _slices(source, sinks, checkpoint):
+                future = pool.submit(_fill_all, file, sinks, start, rows)
+                under_way.append(_Task(future, sinks, start, start + len(rows), count))
+                del rows
+                if len(under_way) > _WORKERS:
+                    written.rows(under_way.popleft())
+        for task in under_way:
+            written.rows(task)
+
+
+def _fill_all(file: DataFile, sinks: list[Sink], start: int, rows: torch.Tensor) -> None:
+    for sink in sinks:
+        sink.fill(file, start, rows)
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads whose operators have one thread each; they have ended when the body is left, however it is."""
+    import torch
+
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(_WORKERS, "weights", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+class _Written:
+    """Counts bytes for the progress, and lets the file hash what is complete."""
+
+    def __init__(self, file: DataFile, progress: Progress) -> None:
+        self._file, self._progress = file, progress
+        self._bytes = 0
+
+    def count(self, more: int) -> None:
+        """Bytes that are done."""
+        self._bytes += more
+        self._progress(self._bytes)
+
+    def whole(self, *places: Place) -> None:
+        """Places that have been filled at once."""
+        for place in places:
+            self._file.finished(place, place.size)
+            self.count(place.size)
+
+    def rows(self, task: _Task) -> None:
+        """Wait for a task.
 
         Raises:
-            UserError: its tensor is missing, misshapen, unreadable, or leaves the initializer's range.
+            UserError, OSError: it failed.
         """
-        part = part_of(value)
-        return self._whole(value) if part is None else self._part(value, part)
-
-    def _whole(self, value: ir.Value) -> memoryview:
-        assert value.shape is not None
-        assert value.dtype is not None
-        origin = origin_of(value)
-        source = self._source(origin, origin.source_shape(tuple(int(dim) for dim in value.shape.numpy())))
-        import torch
-
-        dtype: torch.dtype = getattr(torch, value.dtype.name.lower())
-        tensor = origin.apply(self._checkpoint.read(source), dtype, self._calibrated.scaling.apply)
-        self._check(bool(torch.isfinite(tensor).all()), source, value.dtype)
-        return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
-
-    def _part(self, value: ir.Value, part: Part) -> memoryview:
-        assert value.dtype is not None
-        if self._rounded is None or replace(self._rounded[0], name=part.name) != part:
-            self._rounded = part, self._calibrated.parts(part.matrix.tensor) or self._round(part)
-        array = self._rounded[1][part.name]
-        if part.name == SCALES:
-            array = array.astype(value.dtype.numpy())
-            self._check(bool(np.isfinite(array.astype(np.float32)).all()), part.matrix.tensor, value.dtype)
-        return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-    def _round(self, part: Part) -> dict[str, NDArray[Any]]:
-        name = part.matrix.tensor
-        matrix = self._checkpoint.read(weight_source(name, self._checkpoint))
-        return part.rounding.apply(self._calibrated.scaling.apply(name, matrix))
-
-    def _source(self, origin: Origin, shape: tuple[int, ...]) -> str:
-        source = weight_source(origin.tensor, self._checkpoint)
-        self._checkpoint.require(source, shape)
-        return source
-
-    @staticmethod
-    def _check(finite: bool, source: str, dtype: ir.DataType) -> None:
-        if not finite:
-            raise UserError(
-                f"tensor {source} leaves the range of {dtype.name.lower()}; export with --precision bf16 or fp32"
-            )
+        task.future.result()
+        for sink in task.sinks:
+            for place in sink.places:
+                before, done = (place.size * row // task.count for row in (task.start, task.end))
+                if not sink.by_columns or task.end == task.count:
+                    self._file.finished(place, done)
+                self.count(done - before)
 
 
-def _append(file: BinaryIO, path: Path, value: ir.Value, data: memoryview) -> ir.ExternalTensor:
+def _slices(source: str, sinks: list[Sink], checkpoint: Checkpoint) -> Iterable[tuple[int, torch.Tensor]]:
+    """A tensor's slices; all of it at once where two rows would share a byte of an initializer."""
+    if all(place.columns_are_bytes for sink in sinks if sink.by_columns for place in sink.places):
+        return checkpoint.slices(source)
+    return [(0, checkpoint.read(source))]
+
+
+def _external(value: ir.Value, path: Path, place: Place) -> ir.ExternalTensor:
     assert value.name is not None
     assert value.shape is not None
     assert value.dtype is not None
-    offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
-    file.seek(offset)
-    file.write(data)
     return ir.ExternalTensor(
-        path.name, offset, data.nbytes, value.dtype, shape=value.shape, name=value.name, base_dir=path.parent
+        path.name, place.offset, place.size, value.dtype, shape=value.shape, name=value.name, base_dir=path.parent
     )

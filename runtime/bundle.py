@@ -172,14 +172,23 @@ class Bundle:
         )
 
 
-def describe_files(directory: Path, skip: Iterable[str] = (MANIFEST,)) -> dict[str, FileRecord]:
-    """The `files` of a manifest: every file under the directory by its relative name, with hash and size."""
+def describe_files(
+    directory: Path, skip: Iterable[str] = (MANIFEST,), known: Mapping[str, FileRecord] | None = None
+) -> dict[str, FileRecord]:
+    """The `files` of a manifest: every file under the directory by its relative name, with hash and size.
+
+    Args:
+        directory: of the bundle.
+        skip: names of files that are left out.
+        known: records of files that were hashed before, and are not read again.
+    """
+    known = known or {}
     names = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
-    return {
-        name: FileRecord(sha256=sha256_of(directory / name), bytes=(directory / name).stat().st_size)
-        for name in names
-        if name not in set(skip)
-    }
+    return {name: known.get(name) or _describe(directory / name) for name in names if name not in set(skip)}
+
+
+def _describe(path: Path) -> FileRecord:
+    return FileRecord(sha256=sha256_of(path), bytes=path.stat().st_size)
 
 
 def sha256_of(path: Path) -> str:

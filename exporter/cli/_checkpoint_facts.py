@@ -11,7 +11,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from exporter.tensor_files import LAYOUTS, is_pickle
+from exporter.pickle_files import is_pickle
+from exporter.tensor_files import LAYOUTS
 from exporter.text_files import read_object
 from runtime.errors import UserError
 from runtime.manifest import CONFIG

@@ -34,6 +34,7 @@ TARGETS = ("onnxruntime", "tensorrt")
 KV_CACHES = ("int8",)
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 INPUTS = ("ids", "embeds")
+WEIGHTS = ("copy", "link")
 
 
 @click.command()
@@ -103,6 +104,13 @@ INPUTS = ("ids", "embeds")
 @click.option("--output-hidden-states", is_flag=True, help="Hand out what goes into each layer, and the final norm.")
 @click.option("--output-attentions", is_flag=True, help="Hand out each layer's attention weights (without a cache).")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Check the export against transformers.")
+@click.option(
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    default="copy",
+    show_default=True,
+    help="Write them, or link the checkpoint's own files, at the precision that it is stored in.",
+)
 @click.option("--force", is_flag=True, help="Replace the bundle that is there (nothing but a bundle).")
 @json_option
 def export(

@@ -68,6 +68,12 @@ def _transpose(a: Attributes) -> Compute:
     return lambda x: x.permute(*(order or range(x.ndim)[::-1]))
 
 
+def _fused_matmul(a: Attributes) -> Compute:
+    """`com.microsoft::FusedMatMul` of a matrix that may be stored transposed."""
+    transposed = bool(a.get("transB", 0))
+    return lambda x, y: ops.BINARY["matmul"](x, y.mT if transposed else y)
+
+
 def _layer_norm(a: Attributes) -> Compute:
     axis, epsilon = a.get("axis", -1), a.get("epsilon", 1e-5)
     a.only("stash_type", 1)
@@ -177,6 +183,7 @@ OPERATORS: dict[str, Callable[[Attributes], Compute]] = {
     "TensorScatter": _scatter,
     "Attention": attention,
     "DequantizeLinear": dequantize_linear,
+    "com.microsoft::FusedMatMul": _fused_matmul,
     "com.microsoft::MatMulNBits": matmul_nbits,
     "com.microsoft::GatherBlockQuantized": gather_blocks,
     "com.microsoft::RotaryEmbedding": _contrib_rotary,

@@ -32,7 +32,7 @@ _INPUT_NORM = re.compile(r"model\.layers\.(\d+)\.input_layernorm\.weight(\..+)?"
 _FINAL_NORM = re.compile(r"model\.norm\.weight(\..+)?")
 _BETWEEN = ("Cast", "GatherND")  # what stands between the residual stream and a norm: rounding, and the choice of rows
 # Which axis of an operator's weights is the vocabulary.
-_VOCABULARY_AXIS = {"MatMul": -1, "DequantizeLinear": -1, "MatMulNBits": 0}
+_VOCABULARY_AXIS = {"MatMul": -1, "DequantizeLinear": -1, "MatMulNBits": 0, "FusedMatMul": 0, "Transpose": 0}
 
 
 class Segment(Protocol):

@@ -15,6 +15,7 @@ from exporter.passes.fold_layernorm1p import FoldLayerNorm1P
 from exporter.passes.fold_weight_transposes import FoldWeightTransposes
 from exporter.passes.fuse_partial_rope_attention import FusePartialRopeAttention
 from exporter.passes.hand_out_layers import HandOutAttentions, HandOutHiddenStates
+from exporter.passes.multiply_as_stored import MultiplyAsStored
 from exporter.passes.quantize_weights import QuantizeWeights
 from exporter.passes.requested_logits import PooledLogits, RequestedLogits
 from exporter.passes.set_precision import SetPrecision
@@ -26,11 +27,17 @@ from exporter.tasks import GENERATION, SEQUENCES, GraphForm
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the passes make of a trace: a task's graph in a form and a precision."""
+    """What the passes make of a trace: a task's graph in a form and a precision, for a target.
+
+    Attributes:
+        as_stored: matrices are read as checkpoints store them, [out_features, in_features].
+    """
 
     task: str = GENERATION
     form: GraphForm = field(default_factory=GraphForm)
     precision: Precision = field(default_factory=Precision)
+    target: str = "onnxruntime"
+    as_stored: bool = False
 
 
 def pipeline(
@@ -55,11 +62,18 @@ def pipeline(
         *([RequestedLogits()] if wanted.task == GENERATION else []),
         *([PooledLogits(pad_token)] if wanted.task == SEQUENCES else []),
         SquareRelu(spec.layers if spec.activation == "relu2" else 0),
-        FoldWeightTransposes(),
+        *_products(wanted),
         *([SetPrecision(precision.activations)] if precision.activations != "fp32" else []),
         *([QuantizeWeights(precision)] if precision.quantized else []),
         CleanUp(),
     ]
+
+
+def _products(wanted: Wanted) -> list[GraphPass]:
+    """How matrices are multiplied: TensorRT reads them as they are stored by the trace's own Transpose."""
+    if not wanted.as_stored:
+        return [FoldWeightTransposes()]
+    return [MultiplyAsStored()] if wanted.target == "onnxruntime" else []
 
 
 def run(passes: list[GraphPass], model: ir.Model) -> list[PassReport]:

@@ -1,7 +1,7 @@
 """Weights of few bits: how a matrix is rounded to the nearest point of a grid, and what the target's operator reads.
 
-A rounding turns one matrix [out_features, in_features] into the initializers that stand for it, its parts. One matrix
-is in memory at a time, and a slice of its rows in fp32.
+A rounding turns one matrix [out_features, in_features] into the initializers that stand for it, its parts. No row
+depends on another, so that some rows of a matrix give their own rows, or columns, of every part.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 VALUES, SCALES, ZERO_POINTS = "values", "scales", "zero_points"
 BLOCKS = (32, 64, 128)
-_ROWS = 4096  # rounded at once
+_NUMBERS = 1 << 18  # rounded at once: what stays in the processor's caches
 
 Shape = tuple[int, ...]
 Parts = dict[str, tuple[ir.DataType | None, Shape]]
@@ -33,6 +32,11 @@ class Rounding(Protocol):
         """Its name, as in recipes."""
         ...
 
+    @property
+    def axis(self) -> int:
+        """Of every part, the axis along which a matrix's rows go: 0, or −1."""
+        ...
+
     def parts(self, shape: Shape) -> Parts:
         """Name, dtype (None: that of the activations) and shape of every part of a matrix [out, in].
 
@@ -42,7 +46,10 @@ class Rounding(Protocol):
         ...
 
     def apply(self, matrix: torch.Tensor) -> dict[str, NDArray[Any]]:
-        """Round a matrix [out, in] of any float dtype: every part as its bytes are stored, scales in float32."""
+        """Round a matrix [out, in], or some of its rows, of any float dtype.
+
+        Every part comes as its bytes are stored, scales in float32.
+        """
         ...
 
     def nearest(self, matrix: torch.Tensor) -> torch.Tensor:
@@ -106,8 +113,17 @@ def not_zero(scale: torch.Tensor) -> torch.Tensor:
     return scale.masked_fill(scale == 0, 1.0)
 
 
-def slices(matrix: torch.Tensor) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """Slices of rows in fp32."""
-    for start in range(0, matrix.shape[0], _ROWS):
-        rows = slice(start, min(start + _ROWS, matrix.shape[0]))
-        yield rows, matrix[rows].float().numpy()
+def slices(matrix: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Slices of rows in fp32, an even number in each but the last."""
+    count = max(2, _NUMBERS // max(1, matrix.shape[1]) // 2 * 2)
+    for start in range(0, matrix.shape[0], count):
+        rows = slice(start, min(start + count, matrix.shape[0]))
+        yield rows, matrix[rows].float()
+
+
+def pack_pairs(codes: torch.Tensor) -> torch.Tensor:
+    """Codes below 16, uint8 [rows, n], contiguous and n even, two to a byte: the first is the lower half."""
+    import torch
+
+    pairs = codes.view(torch.int16)  # little-endian: the second code is the upper byte
+    return pairs.bitwise_or(pairs >> 4).to(torch.uint8)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporter.rounding.base import SCALES, VALUES, Grid, Parts, Shape, nearest_points, not_zero, slices
+from exporter.rounding.base import SCALES, VALUES, Grid, Parts, Shape, nearest_points, not_zero, pack_pairs, slices
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +29,11 @@ class BlockInt4:
         """`int4`."""
         return "int4"
 
+    @property
+    def axis(self) -> int:
+        """Rows become columns."""
+        return -1
+
     def parts(self, shape: Shape) -> Parts:
         """Values int4 [in, out], two to a byte, scales [in / block, out]."""
         out, width = shape
@@ -44,13 +48,14 @@ class BlockInt4:
         """Each block by its `grid`."""
         import torch
 
-        codes = torch.empty(matrix.shape, dtype=torch.uint8)
-        scales = torch.empty(matrix.shape[0], matrix.shape[1] // self.block)
+        out, width = matrix.shape
+        codes = torch.empty(out, width, dtype=torch.uint8)
+        scales = torch.empty(out, width // self.block)
         for rows, part in slices(matrix):
-            for index, block in enumerate(torch.split(torch.from_numpy(part), self.block, 1)):
-                grid = self.grid(block)
-                codes[rows, index * self.block : (index + 1) * self.block] = grid.codes(block).to(torch.uint8)
-                scales[rows, index] = grid.scale[:, 0]
+            blocks = part.view(-1, self.block)
+            grid = self.grid(blocks)
+            codes[rows] = grid.codes(blocks).to(torch.uint8).view(-1, width)
+            scales[rows] = grid.scale.view(-1, width // self.block)
         return self.pack(codes, scales, torch.full_like(scales, _ZERO))
 
     def grid(self, block: torch.Tensor) -> Grid:
@@ -68,10 +73,12 @@ class BlockInt4:
         """As `parts` has them: code − zero in 4 bits of two's complement."""
         import torch
 
-        signed = codes.to(torch.int8) - zeros.to(torch.int8).repeat_interleave(self.block, 1)
-        flat = signed.numpy().T.reshape(-1).view(np.uint8) & 15
-        flat = np.append(flat, np.zeros(flat.size % 2, np.uint8))
-        return {VALUES: flat[::2] | flat[1::2] << 4, SCALES: np.ascontiguousarray(scales.numpy().T)}
+        out, width = codes.shape
+        signed = codes.to(torch.uint8).view(out, -1, self.block) - zeros.to(torch.uint8)[..., None]
+        flat = (signed & 15).view(out, width).t().reshape(1, -1)
+        if flat.shape[1] % 2:
+            flat = torch.nn.functional.pad(flat, (0, 1))
+        return {VALUES: pack_pairs(flat)[0].numpy(), SCALES: scales.t().contiguous().numpy()}
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,11 @@ class ChannelFp8:
         """`fp8`."""
         return "fp8"
 
+    @property
+    def axis(self) -> int:
+        """Rows become columns."""
+        return -1
+
     def parts(self, shape: Shape) -> Parts:
         """Values float8 [in, out], scales [out]."""
         return {VALUES: (ir.DataType.FLOAT8E4M3FN, shape[::-1]), SCALES: (None, shape[:1])}
@@ -91,16 +103,13 @@ class ChannelFp8:
         """Scale is the channel's largest magnitude / 448."""
         import torch
 
-        out, width = matrix.shape
-        values = np.empty((width, out), np.uint8)
-        scales = np.empty(out, np.float32)
+        values = torch.empty(matrix.shape, dtype=torch.uint8)
+        scales = torch.empty(matrix.shape[0])
         for rows, part in slices(matrix):
-            most = np.abs(part).max(1)
-            scale = np.where(most == 0, 1.0, most / FP8_MOST).astype(np.float32)
-            rounded = torch.from_numpy(part.T / scale).to(torch.float8_e4m3fn)
-            values[:, rows] = rounded.view(torch.uint8).numpy()
-            scales[rows] = scale
-        return {VALUES: values, SCALES: scales}
+            scale = not_zero(part.abs().amax(1, keepdim=True) / FP8_MOST)
+            values[rows] = (part / scale).to(torch.float8_e4m3fn).view(torch.uint8)
+            scales[rows] = scale[:, 0]
+        return {VALUES: values.t().contiguous().numpy(), SCALES: scales.numpy()}
 
     def nearest(self, matrix: torch.Tensor) -> torch.Tensor:
         """By the same scale."""

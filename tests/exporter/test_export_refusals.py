@@ -214,7 +214,7 @@ def test_a_disk_that_fills_up_while_weights_are_written_is_told(old, small_check
     original = Path.open
 
     def on_a_full_disk(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
-        full = path.name == "model.onnx.data" and mode == "wb"  # reading /dev/full would never end
+        full = path.name == "model.onnx.data" and mode == "w+b"  # reading /dev/full would never end
         return original(Path("/dev/full") if full else path, mode, *args, **options)
 
     monkeypatch.setattr(Path, "open", on_a_full_disk)
@@ -279,8 +279,9 @@ def test_a_wrong_weight_recipe_leaves_no_bundle_and_the_old_one(old: Path, small
 
 
 def test_a_weight_from_another_layer_is_noticed(quick, small_checkpoint, tmp_path, monkeypatch) -> None:
-    read = Checkpoint.read
-    monkeypatch.setattr(Checkpoint, "read", lambda self, name: read(self, name.replace("layers.1.mlp", "layers.0.mlp")))
+    read = Checkpoint.slices
+    other = lambda self, name: read(self, name.replace("layers.1.mlp", "layers.0.mlp"))  # noqa: E731
+    monkeypatch.setattr(Checkpoint, "slices", other)
     with pytest.raises(CheckFailed):
         export(small_checkpoint, tmp_path / "b", ExportOptions())
     assert not (tmp_path / "b").exists()

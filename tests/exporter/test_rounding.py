@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi import onnxruntime_pybind11_state as library
 
 from exporter.evaluate.onnx_quantized import dequantized, from_blocks
 from exporter.rounding import (
@@ -72,6 +75,51 @@ def test_blocks_mean_to_onnxruntime_what_they_mean_here(bits: int, block: int, s
     options = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
     found = run("GatherBlockQuantized", table, rows, [2, 2, 256], **options)
     np.testing.assert_allclose(found, ours.numpy()[rows], atol=1e-6)
+
+
+def by_onnxruntime(weights: torch.Tensor, bits: int, block: int, symmetric: bool) -> dict[str, np.ndarray]:
+    """What ONNX Runtime's own quantiser makes of a matrix [out, in]."""
+    (out, width), blocks = weights.shape, -(-weights.shape[1] // block)
+    quantize = {4: library.quantize_matmul_4bits, 8: library.quantize_matmul_8bits}[bits]
+    values = np.zeros((out, blocks, block * bits // 8), np.uint8)
+    scales, zeros = np.zeros(out * blocks, np.float32), np.zeros(out * -(-blocks * bits // 8), np.uint8)
+    quantize(values, np.ascontiguousarray(weights.float().numpy().T), scales, zeros, block, out, width, symmetric)
+    parts = {VALUES: values, SCALES: scales.reshape(out, blocks)}
+    return parts if symmetric else parts | {ZERO_POINTS: zeros.reshape(out, -1)}
+
+
+@pytest.mark.parametrize("width", [256, 96, 80])
+@pytest.mark.parametrize("kind", ["normal", "bfloat16", "halves of steps", "tiny and huge", "one sign"])
+def test_blocks_are_to_the_bit_what_onnxruntimes_quantiser_makes_of_them(kind: str, width: int) -> None:
+    torch.manual_seed(1)
+    weights = {
+        "normal": lambda: torch.randn(64, width),
+        "bfloat16": lambda: torch.randn(64, width).bfloat16(),
+        "halves of steps": lambda: torch.randint(-16, 17, (64, width)) / 2,
+        "tiny and huge": lambda: torch.randn(64, width) * torch.logspace(-44, 36, 64)[:, None],
+        "one sign": lambda: torch.rand(64, width) * torch.tensor([1, -1]).repeat(32)[:, None],
+    }[kind]()
+    weights[3] = 0
+    for bits, block, symmetric in itertools.product((4, 8), (32, 64, 128), (True, False)):
+        ours, theirs = (
+            BlockNBits(bits, block, symmetric).apply(weights),
+            by_onnxruntime(weights, bits, block, symmetric),
+        )
+        assert ours.keys() == theirs.keys()
+        for name, array in theirs.items():
+            assert (ours[name].shape, ours[name].dtype) == (array.shape, array.dtype)
+            assert ours[name].tobytes() == array.tobytes(), (name, bits, block, symmetric)
+
+
+@pytest.mark.parametrize("rounding", [BlockNBits(4, 32, False), BlockNBits(8, 32, True), BlockInt4(64), ChannelFp8()])
+def test_rows_are_rounded_alike_whatever_rows_are_rounded_with_them(rounding: Rounding) -> None:
+    weights = matrix()
+    whole, pieces = rounding.apply(weights), [rounding.apply(rows) for rows in torch.split(weights, 16)]
+    shapes = {name: shape for name, (_, shape) in rounding.parts((16, 256)).items()}
+    for name, array in whole.items():
+        shape = shapes[name] if pieces[0][name].size == np.prod(shapes[name]) else (256, 8)  # of int4, in bytes
+        parts = [piece[name].reshape(shape) for piece in pieces]
+        np.testing.assert_array_equal(np.concatenate(parts, rounding.axis).reshape(-1), array.reshape(-1))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
