@@ -99,11 +99,14 @@ class LayeredSteps:
         for run in self._runs:
             yield run.request, run.rows, segment.run({**run.feeds, here: run.hidden})[LOGITS].float().numpy()
 
-    def all_logits(self, segments: Iterable[tuple[slice, Segment]]) -> list[Floats]:
-        """Logits of each step, float32 [batch, keep, vocab], by the head's segments, each of some of the vocabulary."""
-        vocab = self._bundle.vocab_size
-        found = [np.empty((len(asked.tokens), asked.keep, vocab), np.float32) for asked in self.requests]
-        for part, segment in segments:
-            for index, rows, logits in self.logits(segment):
-                found[index][rows, :, part] = logits
-        return found
+
+def all_logits(vocab: int, segments: Iterable[tuple[slice, Segment]], *through: LayeredSteps) -> list[list[Floats]]:
+    """Logits of each step, float32 [batch, keep, vocab], by the head's segments, each of some of the vocabulary."""
+    found = [
+        [np.empty((len(asked.tokens), asked.keep, vocab), np.float32) for asked in steps.requests] for steps in through
+    ]
+    for part, segment in segments:
+        for steps, into in zip(through, found, strict=True):
+            for index, rows, logits in steps.logits(segment):
+                into[index][rows, :, part] = logits
+    return found

@@ -18,7 +18,7 @@ from exporter.evaluate.rounded import weights_of
 from exporter.evaluate.segments import Segments
 from exporter.golden_limit import rounds_activations, with_kernels_error, with_ties_turned
 from exporter.layered_reference import LayeredReference, Pairs, Weights
-from exporter.layered_steps import LayeredSteps
+from exporter.layered_steps import LayeredSteps, all_logits
 from exporter.parameters import HEAD
 from exporter.reference import Forward, Row
 from exporter.rounded_cache import CacheView
@@ -184,19 +184,21 @@ class _LayeredGate:
         """The steps with their logits, and those of the last row; of transformers, in its own place."""
         references = [self._exact, *(yardstick for yardstick, _ in self._yardsticks)]
         references += [self._turned] if self._turned is not None else []
+        vocab = self._bundle.vocab_size
         for reference in references:
-            reference.begin_head(self._bundle.vocab_size)
-            for part in self._segments.vocabulary(self._hidden):
-                reference.run_head(self._weights.read(HEAD, part), part)
-        steps = self._steps.all_logits(self._segments.head(self._hidden))
-        last = self._last.all_logits(self._segments.head(self._hidden))
+            reference.begin_head(vocab)
+        for part in self._segments.vocabulary(self._hidden):
+            matrix = self._weights.read(HEAD, part)
+            for reference in references:
+                reference.run_head(matrix, part)
+        steps, last = all_logits(vocab, self._segments.head(self._hidden), self._steps, self._last)
         answered = [asked.answered(logits) for asked, logits in zip(self._steps.requests, steps, strict=True)]
         return answered, [logits[0] for logits in last]
 
     def _run_products(self) -> list[Step]:
         """The steps as ONNX Runtime's products give them."""
         assert self._kernels is not None
-        logits = self._kernels.all_logits(self._products.head(self._hidden))
+        (logits,) = all_logits(self._bundle.vocab_size, self._products.head(self._hidden), self._kernels)
         return [asked.answered(own) for asked, own in zip(self._kernels.requests, logits, strict=True)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -93,17 +93,13 @@ class Segments:
 
     def head(self, hidden: int) -> Iterator[tuple[slice, Segment]]:
         """From the last layer's output to the logits, a run of the vocabulary at a time; see `vocabulary`."""
-        given = self.stream_name(self.layers)
         for part in self.vocabulary(hidden):
             weights = {
                 str(value.name): read_tensor(value.const_value, part, axis).contiguous()
                 for value, axis in self._head_weights.items()
                 if value.const_value is not None
             }
-            if self.evaluated:
-                yield part, _Evaluated(self._program.between([given], [LOGITS]), self.non_finite, weights)
-            else:
-                yield part, self._on_onnxruntime(given, [LOGITS], weights)
+            yield part, self._head(weights)
 
     @cached_property
     def _head_weights(self) -> dict[ir.Value, int]:
@@ -121,17 +117,42 @@ class Segments:
             raise UserError(f"{self._bundle.path}: no product makes {logits.name} of weights; export the bundle again")
         return found
 
+    def _head(self, weights: Mapping[str, Tensor]) -> Segment:
+        """The head with these weights, which are fed; or in its graph, where its operator takes no others."""
+        given = self.stream_name(self.layers)
+        if self.evaluated:
+            return _Evaluated(self._program.between([given], [LOGITS]), self.non_finite, weights)
+        if any("N" in node.attributes for value in self._head_weights for node in value.consumers()):
+            return self._on_onnxruntime(given, [LOGITS], weights)
+        return replace(self._fed_head, weights=weights)
+
+    @cached_property
+    def _fed_head(self) -> _OnOnnxRuntime:
+        return self._on_onnxruntime(self.stream_name(self.layers), [LOGITS], {}, fed=list(self._head_weights))
+
     def _between(self, given: str | None, outputs: Sequence[str]) -> Segment:
         if self.evaluated:
             names = [] if given is None else [given]
             return _Evaluated(self._program.between(names, outputs), self.non_finite, {})
         return self._on_onnxruntime(given, outputs, {})
 
-    def _on_onnxruntime(self, given: str | None, outputs: Sequence[str], weights: Mapping[str, Tensor]) -> Segment:
-        """A part of the graph as a model of its own, some of its weights cut to a run of the vocabulary."""
+    def _on_onnxruntime(
+        self, given: str | None, outputs: Sequence[str], weights: Mapping[str, Tensor], fed: Sequence[ir.Value] = ()
+    ) -> _OnOnnxRuntime:
+        """A part of the graph as a model of its own.
+
+        Args:
+            given: the residual stream that it begins with; None for the graph's inputs alone.
+            outputs: what it gives.
+            weights: content of initializers that are cut to a run of the vocabulary.
+            fed: initializers that are inputs instead.
+        """
         source = self._model.graph
-        inputs = [*(value for value in self._stream if value.name == given), *source.inputs]
+        inputs = [*(value for value in self._stream if value.name == given), *source.inputs, *fed]
         graph = ir.convenience.extract(source, inputs, list(outputs))
+        for value in fed:
+            own = graph.initializers.pop(str(value.name))
+            own.shape = None  # of some of the vocabulary
         for name, content in weights.items():
             value = graph.initializers[name]
             value.const_value, value.shape = ir.Tensor(content.numpy(), name=name), ir.Shape(content.shape)
@@ -143,7 +164,7 @@ class Segments:
         model = ir.Model(graph, ir_version=self._model.ir_version)
         model.opset_imports.update(self._model.opset_imports)
         loaded = load_model(self._bundle, "cpu", None, ir.to_proto(model).SerializeToString())
-        return _OnOnnxRuntime(loaded, [str(value.name) for value in graph.inputs])
+        return _OnOnnxRuntime(loaded, [str(value.name) for value in graph.inputs], {})
 
     @cached_property
     def _program(self) -> Program:
@@ -166,8 +187,10 @@ class _Evaluated:
 class _OnOnnxRuntime:
     loaded: OrtModel
     inputs: Sequence[str]
+    weights: Mapping[str, Tensor]
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        feeds = {**feeds, **self.weights}
         names = [value.name for value in self.loaded.model.get_outputs()]
         arrays = {name: feeds[name].contiguous().numpy() for name in self.inputs if name in feeds}
         with self.loaded.running("a layer"):
