@@ -84,8 +84,11 @@ class DataFile:
         self._done[place] = size
         while self._first < len(self.places) and self._done[self.places[self._first]] == self.places[self._first].size:
             self._first += 1
-        here = self.places[self._first] if self._first < len(self.places) else None
-        self._digest.to(self.places[-1].end if here is None else here.offset + self._done[here])
+        if self._first < len(self.places) and self._done[self.places[self._first]]:
+            here = self.places[self._first]
+            self._digest.to(here.offset + self._done[here])
+        elif self._first:  # not the gap behind it, which is there once the next place is written
+            self._digest.to(self.places[self._first - 1].end)
 
     def record(self) -> FileRecord:
         """Hash and size of the file, once every place is finished.

@@ -139,8 +139,8 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
         raise UserError(
             f"--precision {precision.name} is of {GENERATION} with a cache; export this graph with fp32, fp16 or bf16"
         )
-    if options.target == "onnxruntime" and (precision.quantized or (options.verify and precision.name == "fp32")):
-        import_onnxruntime()  # it packs the weights, and the gate runs the graph: better to know now
+    if options.target == "onnxruntime" and options.verify and (precision.quantized or precision.name == "fp32"):
+        import_onnxruntime()  # the gate runs the graph, or measures on it: better to know now
     length = checked_length(checkpoint.spec, options.max_length)
     return Plan(TASKS[task], form, length, options.target, precision, link)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import resource
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,6 +188,58 @@ def test_a_tensor_in_two_shards_is_refused_rather_than_one_of_them_taken(sharded
 def test_a_damaged_index_is_named(sharded: Path, content: str) -> None:
     (sharded / INDEX).write_text(content)
     assert_tells(refusal(sharded), sharded / INDEX, "download it again")
+
+
+def test_an_index_that_names_a_tensor_twice_is_refused_rather_than_the_last_taken(sharded: Path) -> None:
+    content = (sharded / INDEX).read_text()
+    twice = content.replace('"weight_map": {', f'"weight_map": {{"{NORM}": "model-00003-of-00003.safetensors", ')
+    (sharded / INDEX).write_text(twice)
+    assert_tells(refusal(sharded), sharded / INDEX, NORM, "twice")
+
+
+def lying(**fields: object) -> Callable[[dict[str, Any]], None]:
+    def change(header: dict[str, Any]) -> None:
+        header[NORM] = header[NORM] | fields
+
+    change.__name__ = ", ".join(f"{name} {value}" for name, value in fields.items())
+    return change
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        *(lying(shape=[63]), lying(shape=[-64]), lying(dtype="F16"), lying(dtype="F99"), lying(data_offsets=[0])),
+        *(lying(data_offsets=[0, 4]), lying(data_offsets=[4, 260]), lying(data_offsets=[1 << 40, (1 << 40) + 256])),
+        *(lying(data_offsets=[-4, 252]), lying(data_offsets="all"), lambda header: header.pop(NORM)),
+    ],
+    ids=lambda lie: lie.__name__,
+)
+def test_a_header_that_lies_about_places_or_sizes_is_refused(small_copy: Path, lie) -> None:
+    """Overlaps, holes, places beyond the end, sizes that are not those of the shapes."""
+    rewrite_header(small_copy / SINGLE, lambda text: change_json(text, lie))
+    assert_tells(refusal(small_copy), small_copy / SINGLE, "damaged or truncated")
+
+
+def test_a_header_that_names_a_tensor_twice_is_refused_rather_than_the_last_taken(small_copy: Path) -> None:
+    def twice(text: str) -> str:
+        entry = json.dumps({NORM: json.loads(text)[NORM]})
+        return f"{entry[:-1]}, {text[1:]}"
+
+    rewrite_header(small_copy / SINGLE, twice)
+    assert_tells(refusal(small_copy), small_copy / SINGLE)
+
+
+def rewrite_header(file: Path, change: Callable[[str], str]) -> None:
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    text = change(content[8 : 8 + length].decode()).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+
+
+def change_json(text: str, change: Callable[[dict[str, Any]], None]) -> str:
+    header = json.loads(text)
+    change(header)
+    return json.dumps(header)
 
 
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"])

@@ -20,6 +20,7 @@ from exporter import engine as engine_module
 from exporter.builder import configure, monitor_of
 from exporter.engine import BuildResult, build
 from exporter.engine_options import MAX_KEPT, BuildOptions, Shapes, resolve_shapes
+from exporter.export import ExportOptions, export
 from exporter.network import ParsedNetwork, parse
 from plugins.tensorrt_network import CAUSALITIES, LENGTHS_ASSUMPTION, SOFTMAX_ASSUMPTION, NetworkMismatch
 from runtime.bundle import Bundle
@@ -74,6 +75,16 @@ def test_the_engine_is_recorded_with_what_it_was_built_for(built: BuildResult, t
     assert engine.graph_sha256 == Manifest.load(tensorrt_bundle).files["model.onnx"].sha256
     assert engine.assumptions == (LENGTHS_ASSUMPTION, SOFTMAX_ASSUMPTION)
     assert engine.selftested_on == ()
+
+
+def test_an_engine_is_built_of_a_bundle_whose_weights_are_the_checkpoints_own_file(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    options = ExportOptions(target="tensorrt", precision="bf16", weights="link", verify=False)
+    bundle = export(checkpoint, tmp_path / "bundle", options).bundle
+    result = build(bundle, replace(OPTIONS, max_batch_size=2, max_input_len=64, max_seq_len=256))
+    assert {kind: result.layers[kind] for kind in LAYERS} == LAYERS
 
 
 def test_the_bundle_is_whole_with_its_engine(built: BuildResult, tensorrt_bundle: Path) -> None:

@@ -6,6 +6,7 @@ from corruptions import redescribe
 
 from runtime.bundle import Bundle, CacheGeometry, describe_files
 from runtime.errors import CheckFailed, UserError
+from runtime.manifest import MODEL, FileRecord
 
 
 def test_a_whole_bundle_opens_and_says_what_it_holds(bundle_dir: Path) -> None:
@@ -96,3 +97,8 @@ def test_files_are_described_by_relative_name_without_the_manifest(bundle_copy: 
     record = files["engines/model.plan"]
     assert record.bytes == 3
     assert record.sha256.startswith("ba7816bf")  # sha256 of "abc", FIPS 180-2
+
+
+def test_files_that_are_known_are_not_read_again(bundle_copy: Path) -> None:
+    known = {MODEL: FileRecord(sha256="0" * 64, bytes=1)}
+    assert describe_files(bundle_copy, known=known | {"gone": known[MODEL]}) == describe_files(bundle_copy) | known

@@ -229,7 +229,7 @@ def test_the_choices_are_what_the_exporter_and_the_runtime_know():
     from runtime import session
 
     assert tuple(tasks.TASKS) == command.TASKS
-    assert plan.INPUTS == command.INPUTS
+    assert (plan.INPUTS, plan.WEIGHTS) == (command.INPUTS, command.WEIGHTS)
     assert tuple(lowering.TARGETS) == tuple(recipe.FORMS) == command.TARGETS
     assert {name for target in lowering.TARGETS.values() for name in target.kv_caches} == set(command.KV_CACHES)
     assert {name for forms in recipe.FORMS.values() for name in forms} == set(command.PRECISIONS)

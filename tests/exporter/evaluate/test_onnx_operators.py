@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -15,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 from exporter.evaluate.onnx_graph import compile_graph
 from exporter.evaluate.program import CannotEvaluate
-from exporter.evaluate.tensors import as_torch
+from exporter.evaluate.tensors import as_torch, read_tensor
 from plugins.reference import partial_rope_attention
 
 
@@ -213,3 +214,26 @@ def test_an_input_with_a_default_may_be_left_out() -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.ones_like(X), "x1"))
     program = compile_graph(ir.from_proto(model))
     np.testing.assert_allclose(program.run({"x0": tensor(X)}).outputs["y0"], X + 1)
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_a_matrix_is_multiplied_as_it_is_stored_as_onnxruntime_does(transposed: int) -> None:
+    x, y = noise(2, 3, 4), noise(5, 4, seed=1)
+    inputs: list[np.ndarray | None] = [x, y if transposed else np.ascontiguousarray(y.T)]
+    model = one_node("FusedMatMul", inputs, domain="com.microsoft", transB=transposed)
+    (found,) = evaluated(model, inputs)
+    np.testing.assert_allclose(found.numpy(), x @ y.T, rtol=1e-6, atol=1e-6)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(found.numpy(), session.run(None, {"x0": inputs[0], "x1": inputs[1]})[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0, 2, 3])
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.BFLOAT16, ir.DataType.FLOAT16], ids=str)
+def test_a_weight_is_read_from_any_place_of_a_file_that_has_other_names(tmp_path, dtype, offset: int) -> None:
+    values = noise(4, 3).astype(dtype.numpy())
+    (tmp_path / "file").write_bytes(b"?" * offset + values.tobytes() + b"?")
+    (tmp_path / "other").hardlink_to(tmp_path / "file")
+    external = ir.ExternalTensor(
+        "other", offset, values.nbytes, dtype, shape=ir.Shape([4, 3]), name="w", base_dir=tmp_path
+    )
+    np.testing.assert_array_equal(read_tensor(external).float().numpy(), values.astype(np.float32))

@@ -10,6 +10,7 @@ import pytest
 from exporter.origin import Origin, derive, origin_of
 from exporter.passes.base import PassFailed
 from exporter.passes.fold_weight_transposes import FoldWeightTransposes
+from exporter.passes.multiply_as_stored import MultiplyAsStored
 from exporter.passes.requested_logits import RequestedLogits
 from exporter.passes.square_relu import SquareRelu
 
@@ -43,6 +44,25 @@ def test_a_squared_relu_becomes_a_product_of_the_same_name() -> None:
 def test_what_is_not_a_squared_relu_stops_the_export(model: ir.Model) -> None:
     with pytest.raises(PassFailed, match="found 0 squared Relu where 1 are expected"):
         SquareRelu(1)(model)
+
+
+def test_a_weight_that_is_linked_is_multiplied_as_it_is_stored_and_computed_matrices_as_they_are() -> None:
+    x = ir.val("x", dtype=FLOAT, shape=["batch", 4])
+    weight = ir.Value(name="w", type=ir.TensorType(FLOAT), shape=ir.Shape([6, 4]))
+    tape = ir.tape.Tape()
+    y = tape.op("MatMul", [x, tape.op("Transpose", [weight], {"perm": [1, 0]})])
+    z = tape.op("MatMul", [y, tape.op("Transpose", [y], {"perm": [1, 0]})])
+    z.name = "z"
+    model = graph([x], [z], tape.nodes)
+    model.graph.initializers.add(weight)
+
+    assert MultiplyAsStored()(model).count == 1
+    assert [node.op_type for node in model.graph] == ["FusedMatMul", "Transpose", "MatMul"]
+    fused = model.graph.node(0)
+    assert fused.inputs[1] is weight
+    assert (fused.domain, model.opset_imports["com.microsoft"]) == ("com.microsoft", 1)
+    assert fused.attributes["transB"].as_int() == 1
+    assert MultiplyAsStored()(model).count == 0
 
 
 def test_a_transposed_weight_is_stored_transposed_and_anything_else_stays() -> None:
