@@ -81,7 +81,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             for name, tensor in _unpickled(file).items()
         }
     else:
-        with _opened(file) as opened:
+        with _opened(file, "numpy") as opened:  # which loads no torch
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
             tensors = {
                 name: TensorInfo(file, view.get_dtype(), tuple(view.get_shape())) for name, view in slices.items()
@@ -106,7 +106,7 @@ def read_tensor(name: str, info: TensorInfo) -> torch.Tensor:
             raise UserError(f"{info.file}: tensor {name} has gone since the file was opened; start again")
         tensor = tensors[name].detach()
     else:
-        with _opened(info.file) as file:
+        with _opened(info.file, "pt") as file:
             tensor = file.get_tensor(name)
     if not torch.isfinite(tensor).all():
         raise UserError(f"{info.file}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
@@ -121,11 +121,11 @@ def content(tensor: torch.Tensor) -> memoryview:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, framework: str) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework=framework) as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read as safetensors ({error}); it is damaged or truncated") from error

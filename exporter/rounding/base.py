@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ BLOCKS = (32, 64, 128)
 _ROWS = 4096  # rounded at once
 
 Shape = tuple[int, ...]
-Parts = dict[str, tuple[ir.DataType | None, Shape]]
+Parts = dict[str, tuple[str | None, Shape]]
 
 
 class Rounding(Protocol):
@@ -34,7 +33,7 @@ class Rounding(Protocol):
         ...
 
     def parts(self, shape: Shape) -> Parts:
-        """Name, dtype (None: that of the activations) and shape of every part of a matrix [out, in].
+        """Name, dtype as ONNX calls it (None: that of the activations) and shape of every part of a matrix [out, in].
 
         Raises:
             UserError: the operator cannot take a matrix of this shape.
