@@ -48,6 +48,8 @@ class ExportOptions:
         max_kl: the largest mean KL divergence from fp32 that passes, in nats.
         max_perplexity_increase: the largest rise of perplexity over fp32 that passes, in percent.
         verify: run the parity gate; without it the bundle has no golden cases, and no quality is measured.
+        memory: bytes that the export may use in all (default: what the machine has available); the parity gate runs
+            layer by layer where the whole model does not fit them.
         force: replace a bundle that exists.
         adapter: a directory with a LoRA adapter to merge into the checkpoint.
         revision: branch, tag or commit, where the checkpoint is a hub id.
@@ -73,6 +75,7 @@ class ExportOptions:
     max_kl: float | None = None
     max_perplexity_increase: float | None = None
     verify: bool = True
+    memory: int | None = None
     force: bool = False
     adapter: Path | None = None
     revision: str | None = None

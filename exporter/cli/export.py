@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -17,10 +18,11 @@ from exporter.cli._console import (
     stages,
     writing,
 )
-from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options, json_option
+from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options, json_option, memory_option
 
 if TYPE_CHECKING:
     from exporter.export import ExportResult
+    from exporter.plan import ExportOptions
 
 # Plain text, so that --help needs no import; a test holds them against what the exporter knows.
 TASKS = (
@@ -103,6 +105,7 @@ INPUTS = ("ids", "embeds")
 @click.option("--output-hidden-states", is_flag=True, help="Hand out what goes into each layer, and the final norm.")
 @click.option("--output-attentions", is_flag=True, help="Hand out each layer's attention weights (without a cache).")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Check the export against transformers.")
+@memory_option
 @click.option("--force", is_flag=True, help="Replace the bundle that is there (nothing but a bundle).")
 @json_option
 def export(
@@ -126,17 +129,20 @@ def export(
     nemotron-export export ./Minitron-4B-Base ./features --task feature-extraction
     """
     from exporter.hub import locate
+    from exporter.preflight import check_room
     from exporter.staging import check_destination
 
     if bundle is not None:
         check_destination(bundle, chosen["force"])  # as the exporter does, but before torch is imported
     directory = locate(checkpoint, revision)
+    asked = cast("ExportOptions", SimpleNamespace(**chosen))  # whose module would load torch
+    check_room(directory, bundle or Path("artifacts") / "bundle", asked)
     from exporter.export import ExportOptions
     from exporter.export import export as run
 
     options = ExportOptions(cache=False if no_cache else None, **chosen)
     with writing(bundle or Path("artifacts")), stages() as progress:
-        result = run(directory, bundle, options, progress)
+        result = run(directory, bundle, options, progress, room_checked=True)
     if not chosen["verify"]:
         note("not compared with transformers (--no-verify): the bundle has no golden cases")
     if as_json:
