@@ -137,7 +137,17 @@ def test_a_calibrated_recipes_scratch_and_factors_are_counted(
     assert estimate.disk - estimate.bundle == pytest.approx(sum(held), rel=0.2)  # each file has a head of its own
 
 
-@pytest.mark.parametrize("task", [name for name in TASKS if name != "text-generation"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        "question-answering",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in TASKS
+            if name.endswith(("extraction", "classification"))
+        ),
+    ],
+)
 def test_the_head_of_another_task_is_counted(task: str, tmp_path: Path) -> None:
     architecture = TASKS[task].architecture
     checkpoint = write_checkpoint(
