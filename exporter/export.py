@@ -24,6 +24,7 @@ from exporter.origin import part_of
 from exporter.parameters import check_tensors, expected_shapes, is_matrix
 from exporter.passes.base import PassReport
 from exporter.plan import ExportOptions, Plan, Windows, make_plan, sample_of, windows_of
+from exporter.preflight import check_room
 from exporter.quality import check_limits, logits_of, measure
 from exporter.recipe import Precision
 from exporter.rope import rope_tables
@@ -82,6 +83,8 @@ def export(
     bundle_path: Path | None,
     options: ExportOptions,
     progress: Progress = lambda *_: None,
+    *,
+    room_checked: bool = False,
 ) -> ExportResult:
     """Export a Hugging Face checkpoint to a bundle.
 
@@ -91,6 +94,7 @@ def export(
         options: what to export.
         progress: called with a stage ("trace", "calibration", "passes", "weights", "verify", "quality"), what is done
             of it and how much there is (bytes for the weights).
+        room_checked: `exporter.preflight.check_room` has been called, before torch was loaded.
 
     Raises:
         UserError: something in the checkpoint, the options or the destination must change.
@@ -99,6 +103,8 @@ def export(
     checkpoint = Checkpoint.open(checkpoint_path, options.adapter, revision=options.revision)
     destination = bundle_path or Path("artifacts") / f"{checkpoint.name}-{options.target}-{options.precision}"
     _check_place(destination, checkpoint, options.force)
+    if not room_checked:
+        check_room(checkpoint.path, destination, options)
     plan = make_plan(options, checkpoint)
     spec, task, form = checkpoint.spec, plan.task, plan.form
     check_companions(checkpoint, task)

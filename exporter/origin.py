@@ -111,7 +111,7 @@ def derive_parts(value: ir.Value, rounding: Rounding, scales: ir.DataType) -> di
     for name, (dtype, dims) in rounding.parts(shape).items():
         full = f"{value.name}.{name}"
         if full not in graph.initializers:
-            part = ir.val(full, dtype=dtype or scales, shape=dims)
+            part = ir.val(full, dtype=ir.DataType[dtype] if dtype else scales, shape=dims)
             part.meta[_KEY] = Part(replace(origin, transposed=False), rounding, name)
             graph.initializers.add(part)
         parts[name] = graph.initializers[full]

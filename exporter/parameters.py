@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
+
 from exporter.checkpoint import Checkpoint
 from exporter.spec import NemotronSpec
 from exporter.tasks import ARCHITECTURES, Task
+from exporter.tensor_files import TensorInfo
 from runtime.errors import UserError
 
 _BUFFERS = ("rotary_emb.inv_freq",)  # older checkpoints store what the configuration implies
@@ -13,6 +16,7 @@ EMBEDDING, HEAD = f"{BASE}embed_tokens.weight", "lm_head.weight"
 LAYERS = f"{BASE}layers."
 # What they begin with in checkpoints: of a model with a head, of question answering, of the base model itself.
 _PREFIXES = (BASE, "transformer.", "")
+_PARTS = ("embed_tokens", "layers", "norm")  # of the base model
 
 
 def weight_source(name: str, checkpoint: Checkpoint) -> str:
@@ -82,10 +86,24 @@ def expected_shapes(spec: NemotronSpec, task: Task) -> dict[str, tuple[int, ...]
     return {name: tuple(parameter.shape) for name, parameter in meta_module(spec, task).named_parameters()}
 
 
+def shapes_in(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    """Names, as the model has them, and shapes of the weights that a checkpoint's headers list; loads no torch."""
+    prefix, shapes = _prefix(tensors), {}
+    for stored, info in tensors.items():
+        inner = stored.removeprefix(prefix)
+        based = stored.startswith(prefix) and inner.partition(".")[0] in _PARTS
+        if not stored.endswith(_BUFFERS):
+            shapes[f"{BASE}{inner}" if based else stored] = info.shape
+    return shapes
+
+
 def _stored_as(name: str, checkpoint: Checkpoint) -> str:
     if not name.startswith(BASE):
         return name
     inner = name.removeprefix(BASE)
+    return f"{_prefix(checkpoint.tensors)}{inner}"
+
+
+def _prefix(tensors: Container[str]) -> str:
     anchor = "norm.bias"  # in every checkpoint, under one prefix
-    prefix = next((known for known in _PREFIXES if f"{known}{anchor}" in checkpoint.tensors), BASE)
-    return f"{prefix}{inner}"
+    return next((known for known in _PREFIXES if f"{known}{anchor}" in tensors), BASE)

@@ -50,6 +50,8 @@ class ExportOptions:
         max_kl: the largest mean KL divergence from fp32 that passes, in nats.
         max_perplexity_increase: the largest rise of perplexity over fp32 that passes, in percent.
         verify: run the parity gate; without it the bundle has no golden cases, and no quality is measured.
+        memory: bytes that the export may use in all (default: what the machine has available); the parity gate runs
+            layer by layer where the whole model does not fit them.
         force: replace a bundle that exists.
         weights: `copy`, or `link` for the checkpoint's own files in the bundle, where they hold what the graph reads.
         adapter: a directory with a LoRA adapter to merge into the checkpoint.
@@ -76,6 +78,7 @@ class ExportOptions:
     max_kl: float | None = None
     max_perplexity_increase: float | None = None
     verify: bool = True
+    memory: int | None = None
     force: bool = False
     weights: str = "copy"
     adapter: Path | None = None

@@ -68,10 +68,19 @@ def read_spec(directory: Path) -> NemotronSpec:
     Raises:
         UserError: no or unreadable configuration, another architecture, or a value this exporter does not know.
     """
+    return spec_from_config(read_config(directory), str(directory / "config.json"))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of a checkpoint's `config.json`, as it is written.
+
+    Raises:
+        UserError: it is missing or no JSON object.
+    """
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: {directory} is not a Hugging Face checkpoint")
-    return spec_from_config(read_object(path), str(path))
+    return read_object(path)
 
 
 def spec_from_config(raw: dict[str, Any], origin: str) -> NemotronSpec:

@@ -125,7 +125,7 @@ def _of_safetensors(path: Path, stamp: Stamp) -> dict[str, TensorInfo]:
     with _told(path):
         from safetensors import safe_open
 
-        with safe_open(path, framework="pt") as opened:
+        with safe_open(path, framework="numpy") as opened:
             known = set(opened.keys())
         with path.open("rb") as file:
             (length,) = _LENGTH.unpack(file.read(_LENGTH.size))

@@ -83,6 +83,7 @@ def commands() -> click.Group:
     from exporter.cli.export import export
     from exporter.cli.generate import generate
     from exporter.cli.inspect import inspect
+    from exporter.cli.plan import plan
     from exporter.cli.predict import predict
     from exporter.cli.selftest import selftest
     from exporter.cli.verify import verify
@@ -90,7 +91,7 @@ def commands() -> click.Group:
     @click.group(
         PROGRAM,
         cls=_Program,
-        commands=(demo, export, verify, build, selftest, generate, chat, predict, inspect, compare, doctor),
+        commands=(demo, plan, export, verify, build, selftest, generate, chat, predict, inspect, compare, doctor),
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     @click.version_option(__version__, prog_name=PROGRAM)

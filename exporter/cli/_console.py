@@ -12,12 +12,32 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exporter.memory import size
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from runtime.measured import Calibration, Comparison
 
 Progress = Callable[[str, int, int], None]
+
+__all__ = [
+    "Progress",
+    "describe_calibration",
+    "describe_progress",
+    "duration",
+    "emit_json",
+    "note",
+    "print_comparisons",
+    "print_facts",
+    "print_table",
+    "size",
+    "stages",
+    "writing",
+]
+
+IN_BYTES = ("weights",)  # stages that count bytes
+EVERY = 10.0  # seconds between the lines of a stage in a log
 
 
 def emit_json(value: dict[str, Any]) -> None:
@@ -73,13 +93,25 @@ def print_comparisons(comparisons: Sequence[Comparison]) -> None:
     print_table(rows)
 
 
-def size(count: float) -> str:
-    """A number of bytes as people read it (1 kB is 1000)."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+def duration(seconds: float) -> str:
+    """A time as people read it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def describe_progress(stage: str, done: int, total: int, seconds: float) -> str:
+    """How far a stage is that has run for so long: bytes and their speed where it counts them, and the time left."""
+    told = []
+    if stage in IN_BYTES:
+        told.append(f"{size(done)} of {size(total)}")
+        if seconds > 0:
+            told.append(f"{size(done / seconds)}/s")
+    if 0 < done < total:
+        told.append(f"{duration(seconds * (total - done) / done)} left")
+    return ", ".join(told)
 
 
 @contextmanager
@@ -106,33 +138,46 @@ def _bars() -> Iterator[Progress]:
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description:8}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (
+        *(TextColumn("{task.description:11}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()),
+        TextColumn("{task.fields[told]}"),
+    )
     tasks: dict[str, TaskID] = {}
     with Bars(*columns, console=Console(stderr=True)) as bars:
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage)
+                tasks[stage] = bars.add_task(stage, told="")
             # A stage that counts nothing moves to and fro until it is done.
             bars.update(tasks[stage], completed=done, total=total if total > 1 or done else None)
+            if total > 1:
+                elapsed = bars.tasks[bars.task_ids.index(tasks[stage])].elapsed or 0.0
+                bars.update(tasks[stage], told=describe_progress(stage, done, total, elapsed))
 
         yield show
 
 
 @contextmanager
 def _lines() -> Iterator[Progress]:
-    """One line a stage, when the next one begins: what fits a log."""
+    """One line a stage, when the next one begins, and of a long one now and then how far it is: what fits a log."""
     running: list[tuple[str, float]] = []
+    last = 0.0
 
     def finish() -> None:
         for stage, started in running:
             note(f"{stage:8} {time.perf_counter() - started:6.1f} s")
         running.clear()
 
-    def show(stage: str, *_: int) -> None:
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
         if not running or running[0][0] != stage:
             finish()
-            running.append((stage, time.perf_counter()))
+            running.append((stage, now))
+            last = now
+        if now - last >= EVERY and 0 < done < total:
+            note(f"{stage:8} {100 * done / total:5.0f} %  {describe_progress(stage, done, total, now - running[0][1])}")
+            last = now
 
     yield show
     finish()

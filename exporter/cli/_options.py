@@ -35,8 +35,20 @@ def _adapter(_ctx: click.Context, _param: click.Parameter, value: Path | None) -
     return value
 
 
+def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
+    from exporter.memory import parse_size
+
+    return None if value is None else parse_size(value)
+
+
 # Looked at before torch is imported: a mistyped path should not take seconds.
 checkpoint_argument = click.argument("checkpoint", type=click.Path(), callback=_checkpoint)
+memory_option = click.option(
+    "--memory",
+    metavar="SIZE",
+    callback=_size,
+    help="What the export may use: 24GiB, 16GB.  [default: what is available]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 

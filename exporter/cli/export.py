@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -17,10 +18,11 @@ from exporter.cli._console import (
     stages,
     writing,
 )
-from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options, json_option
+from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options, json_option, memory_option
 
 if TYPE_CHECKING:
     from exporter.export import ExportResult
+    from exporter.plan import ExportOptions
 
 # Plain text, so that --help needs no import; a test holds them against what the exporter knows.
 TASKS = (
@@ -111,6 +113,7 @@ WEIGHTS = ("copy", "link")
     show_default=True,
     help="Write them, or link the checkpoint's own files, at the precision that it is stored in.",
 )
+@memory_option
 @click.option("--force", is_flag=True, help="Replace the bundle that is there (nothing but a bundle).")
 @json_option
 def export(
@@ -134,17 +137,20 @@ def export(
     nemotron-export export ./Minitron-4B-Base ./features --task feature-extraction
     """
     from exporter.hub import locate
+    from exporter.preflight import check_room
     from exporter.staging import check_destination
 
     if bundle is not None:
         check_destination(bundle, chosen["force"])  # as the exporter does, but before torch is imported
     directory = locate(checkpoint, revision)
+    asked = cast("ExportOptions", SimpleNamespace(**chosen))  # whose module would load torch
+    check_room(directory, bundle or Path("artifacts") / "bundle", asked)
     from exporter.export import ExportOptions
     from exporter.export import export as run
 
     options = ExportOptions(cache=False if no_cache else None, **chosen)
     with writing(bundle or Path("artifacts")), stages() as progress:
-        result = run(directory, bundle, options, progress)
+        result = run(directory, bundle, options, progress, room_checked=True)
     if not chosen["verify"]:
         note("not compared with transformers (--no-verify): the bundle has no golden cases")
     if as_json:

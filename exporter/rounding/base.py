@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ BLOCKS = (32, 64, 128)
 _NUMBERS = 1 << 18  # rounded at once: what stays in the processor's caches
 
 Shape = tuple[int, ...]
-Parts = dict[str, tuple[ir.DataType | None, Shape]]
+Parts = dict[str, tuple[str | None, Shape]]
 
 
 class Rounding(Protocol):
@@ -38,7 +37,7 @@ class Rounding(Protocol):
         ...
 
     def parts(self, shape: Shape) -> Parts:
-        """Name, dtype (None: that of the activations) and shape of every part of a matrix [out, in].
+        """Name, dtype as ONNX calls it (None: that of the activations) and shape of every part of a matrix [out, in].
 
         Raises:
             UserError: the operator cannot take a matrix of this shape.

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporter.rounding.base import (
@@ -62,11 +61,11 @@ class BlockNBits:
         out, width = shape
         blocks = -(-width // self.block)
         parts: Parts = {
-            VALUES: (ir.DataType.UINT8, (out, blocks, self.block * self.bits // 8)),
+            VALUES: ("UINT8", (out, blocks, self.block * self.bits // 8)),
             SCALES: (None, (out, blocks)),
         }
         if not self.symmetric:
-            parts[ZERO_POINTS] = (ir.DataType.UINT8, (out, -(-blocks * self.bits // 8)))
+            parts[ZERO_POINTS] = ("UINT8", (out, -(-blocks * self.bits // 8)))
         return parts
 
     def apply(self, matrix: torch.Tensor) -> dict[str, NDArray[Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporter.rounding.base import SCALES, VALUES, Grid, Parts, Shape, nearest_points, not_zero, pack_pairs, slices
@@ -42,7 +41,7 @@ class BlockInt4:
                 f"a matrix of {width} input features is not a whole number of blocks of {self.block}, which TensorRT "
                 "needs; name its layer in a recipe with a 16-bit precision, or export with --precision fp8 or fp16"
             )
-        return {VALUES: (ir.DataType.INT4, (width, out)), SCALES: (None, (width // self.block, out))}
+        return {VALUES: ("INT4", (width, out)), SCALES: (None, (width // self.block, out))}
 
     def apply(self, matrix: torch.Tensor) -> dict[str, NDArray[Any]]:
         """Each block by its `grid`."""
@@ -97,7 +96,7 @@ class ChannelFp8:
 
     def parts(self, shape: Shape) -> Parts:
         """Values float8 [in, out], scales [out]."""
-        return {VALUES: (ir.DataType.FLOAT8E4M3FN, shape[::-1]), SCALES: (None, shape[:1])}
+        return {VALUES: ("FLOAT8E4M3FN", shape[::-1]), SCALES: (None, shape[:1])}
 
     def apply(self, matrix: torch.Tensor) -> dict[str, NDArray[Any]]:
         """Scale is the channel's largest magnitude / 448."""

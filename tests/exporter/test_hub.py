@@ -214,7 +214,7 @@ def test_the_command_line_takes_an_id_and_a_revision(tmp_path: Path, small_check
     script = (
         "import sys, types; from pathlib import Path; fake = types.ModuleType('exporter.export');"
         "fake.ExportOptions = dict\n"
-        "def export(path, *_): print(path, file=sys.stderr); raise SystemExit(7)\n"
+        "def export(path, *_, **__): print(path, file=sys.stderr); raise SystemExit(7)\n"
         "fake.export = export; sys.modules['exporter.export'] = fake; from exporter.cli import run; run(sys.argv[1:])"
     )
     outcome = _run(script, tmp_path, {"HF_HUB_OFFLINE": "1"}, "export", ID, "--revision", "v2")

@@ -59,7 +59,10 @@ class FakeExporter(ModuleType):
         self.error: Exception | None = None
         self.ExportOptions = lambda **options: options
 
-    def export(self, checkpoint: Path, bundle: Path | None, options: Any, progress: Any) -> Result:
+    def export(
+        self, checkpoint: Path, bundle: Path | None, options: Any, progress: Any, *, room_checked: bool
+    ) -> Result:
+        assert room_checked
         self.asked.append((checkpoint, bundle, options))
         print("[torch.onnx] a library's chatter")
         for stage in ("trace", "passes", "weights", "verify"):
@@ -74,6 +77,7 @@ class FakeExporter(ModuleType):
 def exporter(monkeypatch: pytest.MonkeyPatch) -> FakeExporter:
     fake = FakeExporter()
     monkeypatch.setitem(sys.modules, "exporter.export", fake)
+    monkeypatch.setattr("exporter.preflight.check_room", lambda *_: None)  # the checkpoints here are empty
     return fake
 
 
@@ -100,6 +104,7 @@ def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
         "max_kl": None,
         "max_perplexity_increase": None,
         "verify": True,
+        "memory": None,
         "force": False,
         "adapter": None,
     }
@@ -107,7 +112,9 @@ def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
 
 
 def test_every_flag_arrives(cli, exporter, tmp_path):
-    flags = "--task text-generation --target tensorrt --precision int4 --max-length 64 --no-verify --force"
+    flags = (
+        "--task text-generation --target tensorrt --precision int4 --max-length 64 --no-verify --force --memory 1.5GiB"
+    )
     more = "--no-cache --inputs embeds --position-ids --output-hidden-states --output-attentions"
     rounding = (
         "--recipe fine --kv-cache int8 --calibration c.txt --calibration-tokens 512 --calibration-seed 3 --no-fp16-safe"
@@ -138,6 +145,7 @@ def test_every_flag_arrives(cli, exporter, tmp_path):
         "max_kl": 0.1,
         "max_perplexity_increase": 2,
         "verify": False,
+        "memory": 1536 * 1024**2,
         "force": True,
         "adapter": tmp_path,
     }

@@ -12,7 +12,7 @@ from forward_bundles import Toy
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
-    *("demo", "export", "verify", "build", "selftest"),
+    *("demo", "plan", "export", "verify", "build", "selftest"),
     *("generate", "chat", "predict", "inspect", "compare", "doctor"),
 )
 EXPORT_ONLY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes")
@@ -79,6 +79,22 @@ def test_predicting_needs_no_torch(tmp_path):
     assert report["code"] == 0
     assert report["out"]
     assert not set(EXPORT_ONLY) & set(report["modules"])
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [(("--memory", "100MB"), "100.0 MB are given"), (("--precision", "int4", "--memory", "1kB"), "1.0 kB")],
+)
+def test_too_little_memory_is_refused_before_torch_is_loaded(option, told, tiny_checkpoint, tmp_path):
+    script = f"import sys; sys.stderr = sys.stdout\n{_PROBE}"  # the message with the report
+    command = [sys.executable, "-c", script, "export", str(tiny_checkpoint), str(tmp_path / "bundle"), *option]
+    outcome = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=True)
+    message, report = outcome.stdout.splitlines()[0], json.loads(outcome.stdout.splitlines()[-1])
+    assert report["code"] == 2
+    assert message.startswith("error: the export needs at least")
+    assert told in message
+    assert not {"torch", "transformers", "onnx_ir", "onnxruntime"} & set(report["modules"])
+    assert report["seconds"] < 1  # of the processor: what else the machine does is not the program's
 
 
 @pytest.mark.parametrize(
