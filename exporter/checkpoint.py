@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,11 @@ class Checkpoint:
         """What bundles are called after: the directory's name, or that of the repository it is a snapshot of."""
         path = self.path.resolve()
         return repository_name(path) or path.name
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(info.shape) for info in self.tensors.values())
 
     @property
     def safetensors(self) -> bool:

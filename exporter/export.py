@@ -19,6 +19,7 @@ from exporter.calibrate import calibrate
 from exporter.calibrated import Calibrated
 from exporter.checkpoint import Checkpoint
 from exporter.companions import check_companions, write_companions, write_genai_config
+from exporter.gate_size import fits_whole, refusal
 from exporter.lowering import Lowered, lower
 from exporter.origin import part_of
 from exporter.parameters import check_tensors, expected_shapes, is_matrix
@@ -26,6 +27,7 @@ from exporter.passes.base import PassReport
 from exporter.plan import ExportOptions, Plan, Windows, make_plan, sample_of, windows_of
 from exporter.preflight import check_room
 from exporter.quality import check_limits, logits_of, measure
+from exporter.quality_layers import measure_layers
 from exporter.recipe import Precision
 from exporter.rope import rope_tables
 from exporter.rounding import VALUES
@@ -51,6 +53,7 @@ from runtime.manifest import (
     Source,
     TensorSpec,
 )
+from runtime.measured import Quality
 from runtime.ort_session import OrtSession
 
 Progress = Callable[[str, int, int], None]
@@ -113,6 +116,9 @@ def export(
     plan.precision.check_layers(filter(is_matrix, shapes))
     windows = windows_of(options, plan, checkpoint)
     sample = sample_of(options, plan, checkpoint)
+    layered = options.verify and not fits_whole(checkpoint, options.memory)
+    if layered and (not form.cache or form.hidden_states or form.position_ids):
+        raise refusal(checkpoint, options.memory)
     clock = _Clock(progress)
 
     with staged(destination, options.force) as directory:
@@ -134,10 +140,13 @@ def export(
             manifest.save(directory)
         if options.verify:
             with clock.stage("verify"):
-                manifest = _gate(directory, checkpoint, manifest, progress)
+                manifest = _gate(directory, checkpoint, manifest, progress, layered=layered)
         if windows is not None:
             with clock.stage("quality"):
-                manifest = _measure(directory, checkpoint, manifest, options, windows, progress)
+                quality = _measure(directory, checkpoint, windows, progress, layered=layered)
+                check_limits(quality, options.max_kl, options.max_perplexity_increase)
+                manifest = replace(manifest, quality=quality)
+                manifest.save(directory)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return ExportResult(destination, clock.seconds, peak, manifest)
 
@@ -212,10 +221,12 @@ def _manifest(
     )
 
 
-def _gate(directory: Path, checkpoint: Checkpoint, manifest: Manifest, progress: Progress) -> Manifest:
+def _gate(
+    directory: Path, checkpoint: Checkpoint, manifest: Manifest, progress: Progress, *, layered: bool
+) -> Manifest:
     """Run the parity gate and store its verdict and golden cases; fail closed."""
     bundle = Bundle.open(directory)
-    result = gate(bundle, checkpoint, progress)
+    result = gate(bundle, checkpoint, progress, layered=layered)
     failed = [comparison for comparison in result.parity.comparisons if not comparison.passed]
     if failed:
         worst = failed[0]
@@ -250,25 +261,19 @@ def _quantization(precision: Precision, model: ir.Model) -> Quantization | None:
 
 
 def _measure(
-    directory: Path,
-    checkpoint: Checkpoint,
-    manifest: Manifest,
-    options: ExportOptions,
-    windows: Windows,
-    progress: Progress,
-) -> Manifest:
+    directory: Path, checkpoint: Checkpoint, windows: Windows, progress: Progress, *, layered: bool
+) -> Quality:
     """Measure what the precision costs, on what runs the bundle where that computes as the device does."""
     bundle = Bundle.open(directory)
-    kernels = manifest.quantization and manifest.target == "onnxruntime" and manifest.activations == "fp32"
+    manifest, tokens, text = bundle.manifest, windows.tokens, windows.text
+    kernels = bool(manifest.quantization) and manifest.target == "onnxruntime" and manifest.activations == "fp32"
+    if layered:
+        return measure_layers(bundle, checkpoint, tokens, text=text, kernels=kernels, progress=progress)
     if not bundle.has_cache:
         logits = whole_row_logits(bundle)
     else:
         logits = logits_of(OrtSession(bundle, slots=1, capacity=1) if kernels else session_of(bundle))
-    quality = measure(checkpoint, logits, windows.tokens, text=windows.text, progress=progress)
-    check_limits(quality, options.max_kl, options.max_perplexity_increase)
-    manifest = replace(manifest, quality=quality)
-    manifest.save(directory)
-    return manifest
+    return measure(checkpoint, logits, tokens, text=text, progress=progress)
 
 
 def _describe_graph(model: ir.Model) -> Graph:

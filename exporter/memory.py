@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Iterator
@@ -63,6 +64,13 @@ def available_memory(root: Path = Path("/")) -> int:
     if free is None:
         return os.sysconf("SC_PHYS_PAGES") * page
     return own + min(int(free[1]) * 1024, *_left_in_groups(root))
+
+
+def release() -> None:
+    """Give what has been freed back to the system: glibc keeps blocks of a few megabytes for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:

@@ -16,6 +16,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.evaluate.segments import Segments
 from exporter.layered_reference import LayeredReference, Weights
 from exporter.layered_steps import LayeredSteps
+from exporter.memory import release
 from exporter.parameters import HEAD
 from exporter.quality import Doubles, Tally
 from exporter.reference import Row
@@ -63,6 +64,8 @@ def measure_layers(
         ours.advance(segments.layer(layer), layer, ours.cache(layer))
         stored = {name: tensor.float() for name, tensor in weights.layer(layer, exact.parameter_names).items()}
         exact.advance(stored, [Row([])] * count)
+        del stored
+        release()
     progress("quality", segments.layers, segments.layers + 1)
 
     normed = exact.finish()

@@ -13,11 +13,13 @@ from pathlib import Path
 from exporter.checkpoint import Checkpoint
 from exporter.evaluate.rounded import weights_of
 from exporter.evaluate.session import CachedSession, EvaluatedSession, evaluate_graph, evaluate_network
+from exporter.gate_size import fits_whole, refusal
 from exporter.golden_limit import kernels_error, rounds_activations, ties_error, with_kernels_error, with_ties_turned
 from exporter.reference import Reference, Row
 from exporter.rounded_cache import CacheView
 from exporter.scaling import Scaling
 from exporter.verdict import Verdict, note_logits
+from exporter.verify_layers import run_layered_gate
 from exporter.verify_rows import NON_FINITE, GateResult, has_extras, non_finite, prompts, refused, run_rows_gate
 from exporter.verify_steps import DECODE_STEPS, END, run_end_of_capacity, run_rows
 from exporter.yardstick import LIMIT, Ledger, Yardstick
@@ -39,6 +41,7 @@ def verify(
     network: bool = False,
     adapter: Path | None = None,
     revision: str | None = None,
+    memory: int | None = None,
 ) -> Parity:
     """Check a bundle against the checkpoint it was made from, as `export` does.
 
@@ -48,21 +51,40 @@ def verify(
         progress: called with "verify", the cases done and their number.
         network: check what the installed TensorRT's parser makes of the graph, mended as `build` mends it, instead.
         adapter, revision: as `export` was given them.
+        memory: bytes that may be used in all (default: what the machine has available).
 
     Raises:
-        UserError: either cannot be opened, they are not of one architecture, or no TensorRT is installed.
+        UserError: either cannot be opened, they are not of one architecture, no TensorRT is installed, or the memory
+            does not suffice.
     """
-    opened = Bundle.open(bundle)
-    return gate(opened, Checkpoint.open(checkpoint, adapter, revision=revision), progress, network=network).parity
+    opened, model = Bundle.open(bundle), Checkpoint.open(checkpoint, adapter, revision=revision)
+    layered = not network and not fits_whole(model, memory)
+    if layered and (not opened.has_cache or has_extras(opened)):
+        raise refusal(model, memory)
+    return gate(opened, model, progress, network=network, layered=layered).parity
 
 
 def gate(
-    bundle: Bundle, checkpoint: Checkpoint, progress: Progress = lambda *_: None, *, network: bool = False
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    progress: Progress = lambda *_: None,
+    *,
+    network: bool = False,
+    layered: bool = False,
 ) -> GateResult:
     """Compare a bundle with its checkpoint: step by step where it has a cache, else on whole rows.
 
     What a graph with a cache hands out or takes beyond that (hidden states, positions) is compared on whole rows too.
+
+    Args:
+        bundle: of any task.
+        checkpoint: what it was made from.
+        progress: called with "verify", what is done and how much there is.
+        network: what TensorRT's parser makes of the graph, instead of the graph.
+        layered: hold one layer of either in memory at a time; of graphs with a cache and nothing beyond it.
     """
+    if layered:
+        return run_layered_gate(bundle, checkpoint, progress)
     if not bundle.has_cache:
         return run_rows_gate(bundle, checkpoint, progress, network=network)
     result = run_gate(bundle, checkpoint, evaluate_network(bundle) if network else session_of(bundle), progress)

@@ -19,6 +19,7 @@ from exporter.evaluate.segments import Segments
 from exporter.golden_limit import rounds_activations, with_kernels_error, with_ties_turned
 from exporter.layered_reference import LayeredReference, Pairs, Weights
 from exporter.layered_steps import LayeredSteps, all_logits
+from exporter.memory import release
 from exporter.parameters import HEAD
 from exporter.reference import Forward, Row
 from exporter.rounded_cache import CacheView
@@ -35,7 +36,7 @@ from runtime.session import Floats
 
 Progress = Callable[[str, int, int], None]
 
-LOGITS_BYTES = 1 << 26  # of single tokens' logits, of one side
+LOGITS_BYTES = 1 << 25  # of single tokens' logits, of one side
 LEAST_DECODE_STEPS = 4
 
 
@@ -47,6 +48,7 @@ def run_layered_gate(bundle: Bundle, checkpoint: Checkpoint, progress: Progress 
         for layer in range(layers):
             progress("verify", layer, layers + 1)
             gate.advance(layer)
+            release()
         progress("verify", layers, layers + 1)
         return gate.finish()
     except CheckFailed as refusal:  # the graph is so wrong that the backend does not run it

@@ -47,7 +47,7 @@ memory_option = click.option(
     "--memory",
     metavar="SIZE",
     callback=_size,
-    help="What the export may use: 24GiB, 16GB.  [default: what is available]",
+    help="Memory that may be used in all: 24GiB, 16GB.  [default: what is available]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from exporter.cli._console import emit_json, print_comparisons, stages
-from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options, json_option
+from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options, json_option, memory_option
 
 
 @click.command()
@@ -15,6 +15,7 @@ from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options,
 @checkpoint_argument
 @checkpoint_options
 @click.option("--network", is_flag=True, help="Check what TensorRT's parser makes of the graph; needs no GPU.")
+@memory_option
 @json_option
 def verify(
     *,
@@ -23,6 +24,7 @@ def verify(
     revision: str | None,
     adapter: Path | None,
     network: bool,
+    memory: int | None,
     as_json: bool,
 ) -> None:
     """Compare BUNDLE with CHECKPOINT as transformers runs it.
@@ -44,7 +46,7 @@ def verify(
     from exporter.verify import verify as compare
 
     with stages() as progress:
-        parity = compare(bundle, directory, progress, network=network, adapter=adapter)
+        parity = compare(bundle, directory, progress, network=network, adapter=adapter, memory=memory)
     if as_json:
         emit_json(parity.report())
     else:
