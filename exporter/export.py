@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import resource
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from exporter import __version__, passes
+from exporter import passes
 from exporter.calibrate import calibrate
 from exporter.calibrated import Calibrated
 from exporter.checkpoint import Checkpoint
 from exporter.companions import check_companions, write_companions, write_genai_config
+from exporter.describe import describe
 from exporter.gate_size import fits_whole, refusal
-from exporter.lowering import Lowered, lower
-from exporter.origin import part_of
+from exporter.lowering import lower
 from exporter.parameters import check_tensors, expected_shapes, is_matrix
-from exporter.passes.base import PassReport
 from exporter.plan import ExportOptions, Plan, Windows, make_plan, sample_of, windows_of
 from exporter.preflight import check_room
 from exporter.quality import check_limits, logits_of, measure
 from exporter.quality_layers import measure_layers
-from exporter.recipe import Precision
 from exporter.rope import rope_tables
-from exporter.rounding import VALUES
 from exporter.scaling import Scaling
 from exporter.staging import check_destination, staged
 from exporter.tasks import GENERATION, GraphForm
@@ -38,6 +33,7 @@ from exporter.trace import trace
 from exporter.verify import NON_FINITE, gate, session_of
 from exporter.verify_rows import whole_row_logits
 from exporter.weights import weight_bytes, write_embeddings, write_weights
+from exporter.yardstick import HIDDEN_STATES
 from runtime.bundle import Bundle, describe_files
 from runtime.contract import EMBED_TOKENS
 from runtime.errors import CheckFailed, UserError
@@ -45,13 +41,7 @@ from runtime.manifest import (
     GOLDEN,
     MODEL,
     FileRecord,
-    Graph,
-    Lowering,
     Manifest,
-    PassRecord,
-    Quantization,
-    Source,
-    TensorSpec,
 )
 from runtime.measured import Quality
 from runtime.ort_session import OrtSession
@@ -136,7 +126,7 @@ def export(
             lowered = lower(model, options.target, spec.layers, calibrated.cache_scales)
         with clock.stage("weights"):
             hashed = _write_files(directory, checkpoint, plan, calibrated, model, progress)
-            manifest = _manifest(directory, checkpoint, plan, calibrated, model, lowered, reports, hashed)
+            manifest = describe(directory, checkpoint, plan, calibrated, model, lowered, reports, hashed)
             manifest.save(directory)
         if options.verify:
             with clock.stage("verify"):
@@ -187,40 +177,6 @@ def _write_files(
     return hashed
 
 
-def _manifest(
-    directory: Path,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    calibrated: Calibrated,
-    model: ir.Model,
-    lowered: Lowered,
-    reports: list[PassReport],
-    hashed: dict[str, FileRecord],
-) -> Manifest:
-    """The manifest of what has been written so far; parity is not known yet."""
-    return Manifest(
-        tool=f"nemotron-export {__version__}",
-        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        source=Source(
-            name=checkpoint.name,
-            fingerprint=checkpoint.fingerprint(),
-            adapter=checkpoint.adapter.name if checkpoint.adapter else None,
-        ),
-        task=plan.task.name,
-        target=plan.target,
-        precision=plan.precision.name,
-        quantization=_quantization(plan.precision, model),
-        kv_cache=plan.precision.kv_cache,
-        calibration=calibrated.record,
-        opset=lowered.opset,
-        max_length=plan.max_length,
-        graph=_describe_graph(model),
-        passes=tuple(PassRecord(name=report.name, count=report.count) for report in reports),
-        lowering=Lowering(attention=lowered.attention, fallbacks=lowered.fallbacks),
-        files=describe_files(directory, known=hashed),
-    )
-
-
 def _gate(
     directory: Path, checkpoint: Checkpoint, manifest: Manifest, progress: Progress, *, layered: bool
 ) -> Manifest:
@@ -229,7 +185,8 @@ def _gate(
     result = gate(bundle, checkpoint, progress, layered=layered)
     failed = [comparison for comparison in result.parity.comparisons if not comparison.passed]
     if failed:
-        worst = failed[0]
+        # What is not finite, else the layer at which a difference begins, tells more than what follows from it.
+        worst = min(failed, key=lambda found: (found.metric != NON_FINITE, found.name != HIDDEN_STATES))
         if worst.metric == NON_FINITE:
             wider = (
                 'give a --recipe with activations = "bf16", which has the range of fp32'
@@ -252,14 +209,6 @@ def _gate(
     return manifest
 
 
-def _quantization(precision: Precision, model: ir.Model) -> Quantization | None:
-    if not precision.quantized:
-        return None
-    parts = [part_of(value) for value in model.graph.initializers.values()]
-    matrices = Counter(part.rounding.precision for part in parts if part is not None and part.name == VALUES)
-    return Quantization(recipe=precision.recipe.name, activations=precision.activations, matrices=dict(matrices))
-
-
 def _measure(
     directory: Path, checkpoint: Checkpoint, windows: Windows, progress: Progress, *, layered: bool
 ) -> Quality:
@@ -274,17 +223,6 @@ def _measure(
     else:
         logits = logits_of(OrtSession(bundle, slots=1, capacity=1) if kernels else session_of(bundle))
     return measure(checkpoint, logits, tokens, text=text, progress=progress)
-
-
-def _describe_graph(model: ir.Model) -> Graph:
-    def describe(value: ir.Value) -> TensorSpec:
-        assert value.name is not None
-        assert value.dtype is not None
-        assert value.shape is not None
-        shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-        return TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=shape)
-
-    return Graph(inputs=tuple(map(describe, model.graph.inputs)), outputs=tuple(map(describe, model.graph.outputs)))
 
 
 class _Clock:

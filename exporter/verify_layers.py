@@ -27,7 +27,7 @@ from exporter.scaling import Scaling
 from exporter.verdict import Verdict, golden_steps, note_logits
 from exporter.verify_rows import GateResult, non_finite, prompts, refused
 from exporter.verify_steps import DECODE_STEPS, END, Request, Step, capacity_of, end_of_capacity, requests, seed
-from exporter.yardstick import YARDSTICKS, Expected, Ledger
+from exporter.yardstick import HIDDEN_STATES, YARDSTICKS, Expected, Ledger
 from runtime.bundle import Bundle
 from runtime.cache_scales import CacheScales
 from runtime.errors import CheckFailed
@@ -146,7 +146,7 @@ class _LayeredGate:
                 for tensors in zip(*pairs, strict=True):
                     ledger.note("present", case, *tensors)
             for stream, right, near in zip(streams, self._exact.rows.hidden, yardstick.rows.hidden, strict=True):
-                ledger.note("hidden_states", f"layer {layer}", stream, right.double().numpy(), near.double().numpy())
+                ledger.note(HIDDEN_STATES, f"layer {layer}", stream, right.double().numpy(), near.double().numpy())
 
     def _run_ours(self, layer: int) -> tuple[Pairs, tuple[Floats, Floats]]:
         """What the bundle caches of each row's tokens, and what was cached ahead of the last row's."""

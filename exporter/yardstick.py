@@ -23,6 +23,7 @@ LARGEST_FACTOR = 2.0
 
 Array = NDArray[np.floating]
 Outputs = dict[str, Array]
+HIDDEN_STATES = "hidden_states"  # the residual stream, as comparisons call it
 YARDSTICKS = {"fp32": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 

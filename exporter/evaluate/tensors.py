@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
+
+from runtime.errors import UserError
 
 WHOLE = slice(None)
 
@@ -50,19 +53,31 @@ def as_torch(array: NDArray[Any]) -> torch.Tensor:
 
 def _mapped(tensor: ir.ExternalTensor, part: slice, axis: int) -> NDArray[Any]:
     """As `tensor.numpy()`, which refuses files that have other names: those of checkpoints, which bundles link."""
-    shape, dtype, offset = _shape(tensor), tensor.dtype.numpy(), tensor.offset or 0
-    size = dtype.itemsize
-    if not math.prod(shape):
-        return np.empty(shape, dtype)[(*[WHOLE] * (axis % len(shape)), part)]
-    raw = np.memmap(tensor.path, np.uint8, "r", offset, (math.prod(shape) * size,))
-    rows: NDArray[np.uint8] = raw.reshape(*shape[:-1], shape[-1] * size)
-    if axis % len(shape) == len(shape) - 1:
+    shape, dtype = _shape(tensor), tensor.dtype.numpy()
+    if part != WHOLE and len(shape) > 1 and axis % len(shape) == len(shape) - 1:
         start, stop, _ = part.indices(shape[-1])
-        rows = rows[..., start * size : stop * size]
-    else:
-        rows = rows[(*[WHOLE] * axis, part)]
-    found = rows.copy().view(dtype) if offset % size else rows.view(dtype)
+        strip = _strip(tensor, dtype.itemsize * shape[-1], dtype.itemsize * start, dtype.itemsize * stop)
+        return strip.view(dtype).reshape(*shape[:-1], -1)
+    if not math.prod(shape):
+        return np.empty(shape, dtype)[(*[WHOLE] * axis, part)]
+    raw = np.memmap(tensor.path, np.uint8, "r", tensor.offset or 0, (math.prod(shape) * dtype.itemsize,))
+    rows = raw.reshape(*shape[:-1], shape[-1] * dtype.itemsize)
+    found = (rows.copy() if (tensor.offset or 0) % dtype.itemsize else rows).view(dtype)[(*[WHOLE] * axis, part)]
     return found.reshape(tensor.shape.numpy()) if part == WHOLE else found
+
+
+def _strip(tensor: ir.ExternalTensor, width: int, start: int, stop: int) -> NDArray[np.uint8]:
+    """Bytes start…stop of every row of a tensor whose rows are of `width` bytes, uint8 [rows, stop − start].
+
+    They are read, not mapped: the system maps many pages about each that is touched.
+    """
+    rows = math.prod(_shape(tensor)[:-1])
+    found = np.empty((rows, stop - start), np.uint8)
+    with open(tensor.path, "rb", buffering=0) as file:
+        for row, into in enumerate(found):
+            if os.preadv(file.fileno(), [into.data], (tensor.offset or 0) + row * width + start) != stop - start:
+                raise UserError(f"{tensor.path} ends early: it was truncated; export the bundle again")
+    return found
 
 
 def _shape(tensor: ir.ExternalTensor) -> tuple[int, ...]:
@@ -73,12 +88,14 @@ def _shape(tensor: ir.ExternalTensor) -> tuple[int, ...]:
 def _unpacked(tensor: ir.ExternalTensor, part: slice, axis: int) -> NDArray[np.int8]:
     """Numbers of 4 bits in two's complement, of which a byte holds two, the lower half first."""
     shape = _shape(tensor)
-    packed: NDArray[np.uint8] = np.memmap(tensor.path, np.uint8, "r", tensor.offset or 0, (-(-tensor.size // 2),))
-    if part != WHOLE:
-        if axis % len(shape) != len(shape) - 1 or any(edge % 2 for edge in (*part.indices(shape[-1])[:2], shape[-1])):
-            raise ValueError(f"a part of int4 {list(shape)} is of an even run of its last axis, not {part}")
+    if part == WHOLE:
+        packed: NDArray[np.uint8] = np.memmap(
+            tensor.path, np.uint8, "r", tensor.offset or 0, (-(-math.prod(shape) // 2),)
+        )
+    else:
         start, stop, _ = part.indices(shape[-1])
-        shape = (*shape[:-1], stop - start)
-        packed = packed.reshape(-1, _shape(tensor)[-1] // 2)[:, start // 2 : stop // 2]
+        if axis % len(shape) != len(shape) - 1 or any(edge % 2 for edge in (start, stop, shape[-1])):
+            raise ValueError(f"a part of int4 {list(shape)} is of an even run of its last axis, not {part}")
+        packed, shape = _strip(tensor, shape[-1] // 2, start // 2, stop // 2), (*shape[:-1], stop - start)
     both = np.stack([packed & 15, packed >> 4], -1).astype(np.int8).reshape(-1)
-    return np.where(both > 7, both - 16, both)[: int(np.prod(shape))].reshape(shape)
+    return np.where(both > 7, both - 16, both)[: math.prod(shape)].reshape(shape)

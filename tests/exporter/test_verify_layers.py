@@ -20,13 +20,13 @@ from exporter.evaluate import segments
 from exporter.evaluate.tensors import WHOLE
 from exporter.evaluation_text import default_text, read_tokens, windows
 from exporter.export import ExportOptions, export
-from exporter.layered_reference import Weights
+from exporter.layered_reference import LayeredReference, Weights
 from exporter.quality import logits_of, measure
 from exporter.quality_layers import measure_layers
 from exporter.verify import gate, session_of
 from exporter.verify_layers import run_layered_gate
 from runtime.bundle import Bundle
-from runtime.errors import CheckFailed
+from runtime.errors import CheckFailed, UserError
 from runtime.golden import selftest
 from runtime.ort_session import OrtSession
 
@@ -175,3 +175,40 @@ def test_logits_that_are_no_number_are_not_a_quality(tiny_bundle_copy: Path, tin
     bundle = Bundle.open(tiny_bundle_copy)
     with pytest.raises(CheckFailed, match="window 0 of the text: logits of the bundle are not finite"):
         measure_layers(bundle, Checkpoint.open(tiny_checkpoint), np.ones((1, 4), int), text="x", kernels=True)
+
+
+def test_an_export_that_the_memory_does_not_hold_whole_is_checked_layer_by_layer(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporter.reference.Reference._load", lambda *_: pytest.fail("the whole model was loaded"))
+    options = ExportOptions(precision="bf16", memory=720_000_000, eval_tokens=256)
+    manifest = export(tiny_checkpoint, tmp_path / "bundle", options).manifest
+    assert manifest.parity is not None
+    assert manifest.parity.evaluated_by.endswith(", layer by layer")
+    assert manifest.quality is not None
+    assert manifest.quality.kl_mean < 1e-3
+
+
+@pytest.mark.parametrize("beyond", [{"cache": False}, {"output_hidden_states": True}, {"position_ids": True}], ids=str)
+@pytest.mark.usefixtures("untraced")
+def test_what_cannot_go_by_layers_is_refused_before_any_work(
+    beyond: dict[str, bool], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"holds the whole model: 7\d\d.\d MB of memory, and 720.0 MB are there"):
+        export(tiny_checkpoint, tmp_path / "bundle", ExportOptions(memory=720_000_000, **beyond))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_failed_export_says_at_which_layer(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = LayeredReference.advance
+
+    def off(self: LayeredReference, stored: dict[str, torch.Tensor], *args: Any) -> Any:
+        name = "post_attention_layernorm.bias"
+        return advance(self, {**stored, name: stored[name] + 1}, *args)
+
+    monkeypatch.setattr(LayeredReference, "advance", off)
+    with pytest.raises(CheckFailed, match="hidden_states of layer 0 first"):
+        export(tiny_checkpoint, tmp_path / "bundle", ExportOptions(memory=720_000_000))
+    assert not (tmp_path / "bundle").exists()
