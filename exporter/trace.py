@@ -87,7 +87,8 @@ def trace_whole(spec: NemotronSpec, task: Task = _TEXT_GENERATION, *, cached: bo
         cache = [torch.zeros(batch, spec.kv_heads, past, spec.head_dim) for _ in range(2 * len(layers))]
     dynamic, tokens = torch.export.Dim.DYNAMIC, {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     pasts, presents = ([name for layer in layers for name in names(layer)] for names in (past_names, present_names))
-    with _quiet():
+    with _quiet(), torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        # That cache pays where layers repeat; for one, its keys of symbolic shapes take a third of the time.
         program = torch.onnx.export(
             module.eval(),
             (ids, mask, cache),

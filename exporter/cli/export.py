@@ -18,6 +18,7 @@ from exporter.cli._console import (
     writing,
 )
 from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options, json_option
+from exporter.cli._process import collect_rarely
 
 if TYPE_CHECKING:
     from exporter.export import ExportResult
@@ -131,6 +132,7 @@ def export(
     if bundle is not None:
         check_destination(bundle, chosen["force"])  # as the exporter does, but before torch is imported
     directory = locate(checkpoint, revision)
+    collect_rarely()
     from exporter.export import ExportOptions
     from exporter.export import export as run
 
