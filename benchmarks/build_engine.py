@@ -17,8 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.wide_checkpoint import MINITRON_4B, write_wide_checkpoint
+from benchmarks.make_checkpoint import config_of, write_checkpoint
 
+CONFIG = config_of("minitron-4b", num_hidden_layers=2)
 CAPABILITY = "8.9"
 SECONDS_LIMIT, MEMORY_LIMIT = 60, 2.2
 
@@ -29,14 +30,14 @@ def measure(directory: Path) -> dict[str, Any]:
     if not bundle.exists():
         checkpoint = directory / "wide"
         if not checkpoint.exists():
-            write_wide_checkpoint(checkpoint)
+            write_checkpoint(checkpoint, CONFIG, "float16")
         _command("export", checkpoint, bundle, "--target", "tensorrt", "--precision", "fp16", "--no-verify")
     flags = ("--flavor", "tensorrt-rtx", "--compute-capability", CAPABILITY, "--force")
     built = _command("build", bundle, *flags)
     weights = (bundle / "model.onnx.data").stat().st_size
     return {
         "schema": 1,
-        "shape": MINITRON_4B,
+        "config": CONFIG,
         "cores": os.cpu_count(),
         "engine": built["engine"],
         "seconds": built["seconds"],

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.wide_checkpoint import MINITRON_4B, write_wide_checkpoint
+from benchmarks.make_checkpoint import config_of, write_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "calibration-memory.json"
 SHAPE = {
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "peak_rss_mb": {},
     }
     with tempfile.TemporaryDirectory() as place:
-        checkpoint = write_wide_checkpoint(Path(place) / "checkpoint", MINITRON_4B | SHAPE)
+        checkpoint = write_checkpoint(Path(place) / "checkpoint", config_of("242m", num_hidden_layers=12), "float16")
         for name, recipe in RECIPES.items():
             path = Path(place) / f"{name}.toml"
             path.write_text(recipe)

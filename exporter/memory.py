@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -67,7 +68,8 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def release() -> None:
-    """Give what has been freed back to the system: glibc keeps blocks of a few megabytes for later."""
+    """Give what is free back to the system: cycles are kept until they are looked for, blocks by glibc for later."""
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

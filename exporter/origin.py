@@ -90,6 +90,20 @@ def derive(value: ir.Value, suffix: str, *, plus_one: bool = False, transposed: 
     return derived
 
 
+def twin(value: ir.Value, prefix: str, own: str) -> ir.Value:
+    """Another layer's initializer: what is done to this one's tensor, of the name with `own` in place of `prefix`."""
+
+    def renamed(name: str) -> str:
+        return own + name.removeprefix(prefix)
+
+    assert value.name is not None
+    assert value.shape is not None
+    made = ir.Value(name=renamed(value.name), shape=value.shape.copy(), type=value.type)
+    origin = origin_of(value)
+    made.meta[_KEY] = replace(origin, tensor=renamed(origin.tensor))
+    return made
+
+
 def part_of(value: ir.Value) -> Part | None:
     """Of which rounded matrix an initializer is a part; None for a weight that is whole."""
     part = value.meta.get(_KEY)

@@ -14,6 +14,7 @@ _BUFFERS = ("rotary_emb.inv_freq",)  # older checkpoints store what the configur
 BASE = "model."  # what names of the base model's weights begin with here
 EMBEDDING, HEAD = f"{BASE}embed_tokens.weight", "lm_head.weight"
 LAYERS = f"{BASE}layers."
+FINAL_NORM = f"{BASE}norm.weight"
 # What they begin with in checkpoints: of a model with a head, of question answering, of the base model itself.
 _PREFIXES = (BASE, "transformer.", "")
 _PARTS = ("embed_tokens", "layers", "norm")  # of the base model
@@ -41,6 +42,11 @@ def role_of(tensor: str, *, lookup: bool) -> str:
 def is_matrix(tensor: str) -> bool:
     """Whether a weight is a matrix that can be rounded: of the embedding, the vocabulary's head or a layer."""
     return tensor in {EMBEDDING, HEAD} or (tensor.startswith(LAYERS) and tensor.endswith("_proj.weight"))
+
+
+def layer_prefix(layer: int) -> str:
+    """What the names of a layer's weights begin with."""
+    return f"{LAYERS}{layer}."
 
 
 def check_tensors(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint, task: Task) -> None:

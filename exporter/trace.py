@@ -17,7 +17,6 @@ from transformers.cache_utils import DynamicLayer
 from exporter.passes.clean_up import CleanUp
 from exporter.rope import rope_buffers
 from exporter.spec import NemotronSpec
-from exporter.stack import stack_layers
 from exporter.tasks import ANSWERS, TASKS, Task
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, past_names, present_names
 
@@ -64,18 +63,16 @@ def cached_layers(cache: DynamicCache) -> list[DynamicLayer]:
 
 
 def trace(spec: NemotronSpec, task: Task = _TEXT_GENERATION, *, cached: bool = True) -> ir.Model:
-    """Trace the model that the spec describes, with a task's head.
+    """Trace one layer of the model that the spec describes, with a task's head; `StackLayers` makes all of it.
 
     No weight is in memory: the module lives on the meta device, and the weights of the returned model are initializers
-    without a value. One layer is traced and repeated, so the time does not grow with the depth. Inputs are `input_ids`,
-    `attention_mask` and, where it is cached, a cache that grows.
+    without a value. Inputs are `input_ids`, `attention_mask` and, where it is cached, a cache that grows.
 
     Returns:
         A model of opset 23, as torch.onnx writes it, constants folded.
     """
     model = trace_whole(replace(spec, layers=1), task, cached=cached)
     CleanUp()(model)
-    stack_layers(model, spec.layers)
     return model
 
 
@@ -90,7 +87,8 @@ def trace_whole(spec: NemotronSpec, task: Task = _TEXT_GENERATION, *, cached: bo
         cache = [torch.zeros(batch, spec.kv_heads, past, spec.head_dim) for _ in range(2 * len(layers))]
     dynamic, tokens = torch.export.Dim.DYNAMIC, {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     pasts, presents = ([name for layer in layers for name in names(layer)] for names in (past_names, present_names))
-    with _quiet():
+    with _quiet(), torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        # That cache pays where layers repeat; for one, its keys of symbolic shapes take a third of the time.
         program = torch.onnx.export(
             module.eval(),
             (ids, mask, cache),

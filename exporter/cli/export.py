@@ -19,6 +19,7 @@ from exporter.cli._console import (
     writing,
 )
 from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options, json_option, memory_option
+from exporter.cli._process import collect_rarely
 
 if TYPE_CHECKING:
     from exporter.export import ExportResult
@@ -145,6 +146,7 @@ def export(
     directory = locate(checkpoint, revision)
     asked = cast("ExportOptions", SimpleNamespace(**chosen))  # whose module would load torch
     check_room(directory, bundle or Path("artifacts") / "bundle", asked)
+    collect_rarely()
     from exporter.export import ExportOptions
     from exporter.export import export as run
 

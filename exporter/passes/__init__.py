@@ -1,4 +1,7 @@
-"""The visible, ordered list of graph passes, from the trace to the form that every target is lowered from."""
+"""The visible, ordered list of graph passes, from the trace to the form that every target is lowered from.
+
+Those that know the traced pattern see one layer; then the layer is repeated, and the others see the whole model.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporter.passes.base import GraphPass, PassReport
+from exporter.passes.base import GraphPass, LayerPass, PassReport
 from exporter.passes.clean_up import CleanUp
 from exporter.passes.embeddings_as_input import EmbeddingsAsInput
 from exporter.passes.fold_layernorm1p import FoldLayerNorm1P
@@ -20,6 +23,7 @@ from exporter.passes.quantize_weights import QuantizeWeights
 from exporter.passes.requested_logits import PooledLogits, RequestedLogits
 from exporter.passes.set_precision import SetPrecision
 from exporter.passes.square_relu import SquareRelu
+from exporter.passes.stack_layers import StackLayers
 from exporter.recipe import Precision
 from exporter.spec import NemotronSpec
 from exporter.tasks import GENERATION, SEQUENCES, GraphForm
@@ -54,22 +58,23 @@ def pipeline(
     form, precision = wanted.form, wanted.precision
     pad_token = None if form.embeds else spec.pad_token
     return [
-        FoldLayerNorm1P(spec.layers),
+        FoldLayerNorm1P(),
         FusePartialRopeAttention(spec, cos, sin, position_ids=form.position_ids),
+        SquareRelu(spec.activation),
+        *_products(wanted),
+        StackLayers(spec),
         *([EmbeddingsAsInput(spec)] if form.embeds else []),
         *([HandOutHiddenStates(spec)] if form.hidden_states else []),
         *([HandOutAttentions(spec)] if form.attentions else []),
         *([RequestedLogits()] if wanted.task == GENERATION else []),
         *([PooledLogits(pad_token)] if wanted.task == SEQUENCES else []),
-        SquareRelu(spec.layers if spec.activation == "relu2" else 0),
-        *_products(wanted),
         *([SetPrecision(precision.activations)] if precision.activations != "fp32" else []),
         *([QuantizeWeights(precision)] if precision.quantized else []),
         CleanUp(),
     ]
 
 
-def _products(wanted: Wanted) -> list[GraphPass]:
+def _products(wanted: Wanted) -> list[LayerPass]:
     """How matrices are multiplied: TensorRT reads them as they are stored by the trace's own Transpose."""
     if not wanted.as_stored:
         return [FoldWeightTransposes()]
@@ -77,5 +82,18 @@ def _products(wanted: Wanted) -> list[GraphPass]:
 
 
 def run(passes: list[GraphPass], model: ir.Model) -> list[PassReport]:
-    """Run passes in order, in place. Each stops the export where its postcondition does not hold."""
-    return [graph_pass(model) for graph_pass in passes]
+    """Run passes in order, in place. Each stops the export where its postcondition does not hold.
+
+    What was made of one layer is checked again where all are there, and counts in each of them.
+    """
+    ahead = [graph_pass for graph_pass in passes if isinstance(graph_pass, LayerPass)]
+    had = [graph_pass.made(model) for graph_pass in ahead]
+    reports = []
+    for graph_pass in passes:
+        reports.append(graph_pass(model))
+        if isinstance(graph_pass, StackLayers):
+            for of_layer in ahead:
+                of_layer.ensures(model)
+            made = (of_layer.made(model) - before for of_layer, before in zip(ahead, had, strict=True))
+            reports[: len(ahead)] = [PassReport(p.name, count) for p, count in zip(ahead, made, strict=True)]
+    return reports

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from exporter.parameters import LAYERS
 from runtime.contract import past_names
 from runtime.errors import UserError
 
@@ -50,10 +51,24 @@ class GraphPass(ABC):
         )
 
 
+class LayerPass(GraphPass):
+    """A pass ahead of the stack, over the graph of one layer: what it makes can be counted in a graph of any depth."""
+
+    @abstractmethod
+    def made(self, model: ir.Model) -> int:
+        """How many of the things that the pass makes are in the graph."""
+
+
 def constant_of(value: ir.Value | None) -> float | None:
     """The number that a constant of one element holds; None for anything else."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     return tensor.numpy().item() if tensor is not None and tensor.size == 1 else None
+
+
+def layers_of(graph: ir.Graph) -> int:
+    """How many decoder layers have weights in the graph."""
+    names = (name.removeprefix(LAYERS) for name in graph.initializers if name.startswith(LAYERS))
+    return len({name.partition(".")[0] for name in names})
 
 
 def has_cache(graph: ir.Graph) -> bool:

@@ -6,11 +6,11 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from exporter.origin import derive, is_weight
-from exporter.passes.base import GraphPass
+from exporter.origin import derive, is_weight, origin_of
+from exporter.passes.base import LayerPass
 
 
-class FoldWeightTransposes(GraphPass):
+class FoldWeightTransposes(LayerPass):
     """`Transpose(weight)` becomes an initializer of the transposed shape."""
 
     name: ClassVar[str] = "fold_weight_transposes"
@@ -27,6 +27,11 @@ class FoldWeightTransposes(GraphPass):
             model.graph.remove(node, safe=True)
             folded += 1
         return folded
+
+    def made(self, model: ir.Model) -> int:
+        """Transposed weights that are read."""
+        weights = (value for value in model.graph.initializers.values() if is_weight(value) and value.uses())
+        return sum(origin_of(value).transposed for value in weights)
 
     def ensures(self, model: ir.Model) -> None:
         """No weight is transposed at run time."""

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporter.passes.attention_patterns import ROTARY, Shared, attention_rules, rotary_rules, why_unmatched
-from exporter.passes.base import GraphPass, has_cache
+from exporter.passes.base import LayerPass, has_cache, layers_of
 from exporter.passes.subgraph import evaluate
 from exporter.spec import NemotronSpec
 from plugins.nodes import Nodes
@@ -29,7 +29,7 @@ from plugins.ops import (
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, WRITE_INDICES, past_names, present_names
 
 
-class FusePartialRopeAttention(GraphPass):
+class FusePartialRopeAttention(LayerPass):
     """One fused op per layer, or the export stops."""
 
     name: ClassVar[str] = "fuse_partial_rope_attention"
@@ -55,8 +55,8 @@ class FusePartialRopeAttention(GraphPass):
         self._check_shared(model, cached)
         rules = attention_rules(self.spec, self._shared(model.graph, cached))
         fused = rules.apply_to_model(model)
-        if fused != self.spec.layers:
-            raise self.fail(f"fused {fused} of {self.spec.layers} layers' attentions: {why_unmatched(rules, model)}")
+        if fused != (layers := layers_of(model.graph)):
+            raise self.fail(f"fused {fused} of {layers} layers' attentions: {why_unmatched(rules, model)}")
         if cached:
             self._adopt_cache(model.graph)
         inputs = {value.name: value for value in model.graph.inputs}
@@ -70,11 +70,15 @@ class FusePartialRopeAttention(GraphPass):
         model.opset_imports[DOMAIN] = DOMAIN_VERSION
         return fused
 
+    def made(self, model: ir.Model) -> int:
+        """Fused ops."""
+        return sum(map(is_fused, model.graph))
+
     def ensures(self, model: ir.Model) -> None:
         """As many fused ops as layers, and nothing left of what they replace."""
-        fused = sum(map(is_fused, model.graph))
-        if fused != self.spec.layers:
-            raise self.fail(f"fused {fused} attentions where the model has {self.spec.layers} layers")
+        fused, layers = self.made(model), layers_of(model.graph)
+        if fused != layers:
+            raise self.fail(f"fused {fused} attentions of {layers} layers")
         left = sorted({node.op_type for node in model.graph} & {"Attention", "Softmax", ROTARY})
         if left:
             raise self.fail(f"{', '.join(left)} remain beside the fused attentions")
@@ -130,7 +134,7 @@ class FusePartialRopeAttention(GraphPass):
             ATTENTION_MASK: keep,
             INPUT_IDS: np.zeros((2, sequence), np.int64),
         }
-        feeds |= {name: cache for layer in range(self.spec.layers) for name in past_names(layer)}
+        feeds |= {name: cache for layer in range(layers_of(model.graph)) for name in past_names(layer)}
         values = [value for group in (masks, cosines, sines) for value in group if value is not None]
         mask, cos, sin = evaluate(model, values, feeds)
 
@@ -149,7 +153,7 @@ class FusePartialRopeAttention(GraphPass):
         if any(value.name == ATTENTION_MASK for value in graph.inputs):
             raise self.fail("the attention mask is used outside the attentions")
         cache = ir.Shape(["batch", self.spec.kv_heads, "capacity", self.spec.head_dim])
-        names = [n for layer in range(self.spec.layers) for n in (*past_names(layer), *present_names(layer))]
+        names = [n for layer in range(layers_of(graph)) for n in (*past_names(layer), *present_names(layer))]
         values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
         for name in names:
             values[name].shape = cache.copy()

@@ -7,11 +7,11 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from exporter.origin import is_weight
-from exporter.passes.base import GraphPass
+from exporter.passes.base import LayerPass
 from plugins.onnxruntime import CONTRIB_DOMAIN
 
 
-class MultiplyAsStored(GraphPass):
+class MultiplyAsStored(LayerPass):
     """`MatMul(x, Transpose(weight))` becomes `com.microsoft::FusedMatMul(x, weight)` with `transB`.
 
     ONNX Runtime would compute a Transpose of a weight when it loads the graph, and keep a second copy in memory.
@@ -40,6 +40,10 @@ class MultiplyAsStored(GraphPass):
         if products:
             model.opset_imports[CONTRIB_DOMAIN] = 1
         return len(products)
+
+    def made(self, model: ir.Model) -> int:
+        """Products with matrices as they are stored."""
+        return sum(node.op_type == "FusedMatMul" for node in model.graph)
 
     def ensures(self, model: ir.Model) -> None:
         """No weight is transposed."""

@@ -6,16 +6,16 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from exporter.passes.base import GraphPass, constant_of
+from exporter.passes.base import LayerPass, constant_of, layers_of
 
 
-class SquareRelu(GraphPass):
+class SquareRelu(LayerPass):
     """`Pow(Relu(x), 2)` becomes `Mul(r, r)`."""
 
     name: ClassVar[str] = "square_relu"
 
-    def __init__(self, expected: int) -> None:
-        self.expected = expected  # the number of layers where the activation is relu², else 0
+    def __init__(self, activation: str) -> None:
+        self.activation = activation
 
     def apply(self, model: ir.Model) -> int:
         """Replace every square of a Relu."""
@@ -29,14 +29,18 @@ class SquareRelu(GraphPass):
             )
         return len(squares)
 
-    def ensures(self, model: ir.Model) -> None:
-        """One squared Relu per layer of a relu² model, none in another."""
-        found = sum(
+    def made(self, model: ir.Model) -> int:
+        """Squared Relus."""
+        return sum(
             node.op_type == "Mul" and node.inputs[0] is node.inputs[1] and _from_relu(node.inputs[0])
             for node in model.graph
         )
-        if found != self.expected:
-            raise self.fail(f"found {found} squared Relu where {self.expected} are expected")
+
+    def ensures(self, model: ir.Model) -> None:
+        """One squared Relu per layer of a relu² model, none in another."""
+        found, expected = self.made(model), layers_of(model.graph) if self.activation == "relu2" else 0
+        if found != expected:
+            raise self.fail(f"found {found} squared Relu where {expected} are expected")
 
 
 def _is_squared_relu(node: ir.Node) -> bool:

@@ -14,17 +14,19 @@ ROOT = Path(__file__).parents[2]
 PLACE = ROOT / ".venvs"
 
 
-def environment(name: str, requirements: Sequence[str]) -> Path:
+def environment(name: str, requirements: Sequence[str], constraints: Path | None = ROOT / "constraints.txt") -> Path:
     """The directory of executables of a virtual environment that has these requirements and nothing of ours.
 
-    A requirement that is a path is installed without looking at its name alone: its content counts for the cache.
+    Versions are those of `constraints`, of PyPI's newest where there are none. A requirement that is a path is
+    installed without looking at its name alone: its content counts for the cache.
     """
     key = hashlib.sha256("\n".join([sys.version, *map(_content, requirements)]).encode()).hexdigest()[:12]
     directory = PLACE / f"{name}-{key}"
     if not (directory / "complete").is_file():
         shutil.rmtree(directory, ignore_errors=True)
         run([sys.executable, "-m", "venv", directory])
-        run([directory / "bin" / "pip", "install", "-q", "-c", ROOT / "constraints.txt", *requirements])
+        held = ["-c", constraints] if constraints is not None else []
+        run([directory / "bin" / "pip", "install", "-q", *held, *requirements])
         (directory / "complete").touch()
     return directory / "bin"
 

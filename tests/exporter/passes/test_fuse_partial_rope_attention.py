@@ -8,18 +8,27 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from checkpoints import SMALL
 
 from exporter.passes.base import PassFailed
 from exporter.passes.clean_up import CleanUp
-from exporter.passes.fold_layernorm1p import FoldLayerNorm1P
 from exporter.passes.fuse_partial_rope_attention import FusePartialRopeAttention
 from exporter.rope import rope_tables
+from exporter.spec import NemotronSpec, spec_from_config
+from exporter.trace import trace_whole
 
 
-def fuse(traced: Any, change: Callable[[ir.Model], None], **config: Any) -> None:
-    spec, model = traced(**config)
-    FoldLayerNorm1P(spec.layers)(model)
+@pytest.fixture(scope="module")
+def whole() -> tuple[NemotronSpec, ir.Model]:
+    """Two layers, each of them traced: what is done to one must not pass for the other."""
+    spec = spec_from_config({"model_type": "nemotron", **SMALL}, "test")
+    model = trace_whole(spec)
     CleanUp()(model)
+    return spec, model
+
+
+def fuse(whole: tuple[NemotronSpec, ir.Model], change: Callable[[ir.Model], None]) -> None:
+    spec, model = whole[0], whole[1].clone()
     change(model)
     FusePartialRopeAttention(spec, *rope_tables(spec, spec.max_positions))(model)
 
@@ -35,64 +44,64 @@ def unary(model: ir.Model, op_type: str, value: ir.Value, before: ir.Node) -> ir
     return node.outputs[0]
 
 
-def test_the_trace_as_it_is_fuses(traced: Any) -> None:
-    fuse(traced, lambda model: None)
+def test_the_trace_as_it_is_fuses(whole: Any) -> None:
+    fuse(whole, lambda model: None)
 
 
-def test_a_mask_that_is_not_causal_is_not_fused_away(traced: Any) -> None:
+def test_a_mask_that_is_not_causal_is_not_fused_away(whole: Any) -> None:
     def look_ahead(model: ir.Model) -> None:
         order = next(node for node in model.graph if node.op_type == "LessOrEqual")
         order.replace_input_with(0, order.inputs[1])
 
     with pytest.raises(PassFailed, match="not causality and padding alone"):
-        fuse(traced, look_ahead)
+        fuse(whole, look_ahead)
 
 
-def test_a_mask_of_one_layer_alone_stops_the_export(traced: Any) -> None:
+def test_a_mask_of_one_layer_alone_stops_the_export(whole: Any) -> None:
     def another_mask(model: ir.Model) -> None:
         last = attentions(model)[-1]
         last.replace_input_with(3, unary(model, "Not", last.inputs[3], last))
 
     with pytest.raises(PassFailed, match="do not share one mask"):
-        fuse(traced, another_mask)
+        fuse(whole, another_mask)
 
 
-def test_other_frequencies_than_the_tables_are_not_fused_away(traced: Any) -> None:
+def test_other_frequencies_than_the_tables_are_not_fused_away(whole: Any) -> None:
     def slower(model: ir.Model) -> None:
         value = next(v for name, v in model.graph.initializers.items() if name.endswith("inv_freq"))
         value.const_value = ir.tensor(value.const_value.numpy() * np.float32(0.5), name=value.name)
 
     with pytest.raises(PassFailed, match="cos of the rotary embedding is not the table's"):
-        fuse(traced, slower)
+        fuse(whole, slower)
 
 
-def test_a_layer_with_another_scale_names_the_scale(traced: Any) -> None:
+def test_a_layer_with_another_scale_names_the_scale(whole: Any) -> None:
     def sharper(model: ir.Model) -> None:
         attentions(model)[0].attributes["scale"] = ir.AttrFloat32("scale", 1.0)
 
     with pytest.raises(PassFailed, match=r"fused 1 of 2 layers' attentions: attention scale is 1.0, expected 0.176"):
-        fuse(traced, sharper)
+        fuse(whole, sharper)
 
 
-def test_a_layer_with_soft_capping_is_not_fused(traced: Any) -> None:
+def test_a_layer_with_soft_capping_is_not_fused(whole: Any) -> None:
     def capped(model: ir.Model) -> None:
         attentions(model)[1].attributes["softcap"] = ir.AttrFloat32("softcap", 30.0)
 
     with pytest.raises(PassFailed, match="fused 1 of 2 layers' attentions: attention is not plain"):
-        fuse(traced, capped)
+        fuse(whole, capped)
 
 
-def test_a_query_without_rotation_is_not_fused(traced: Any) -> None:
+def test_a_query_without_rotation_is_not_fused(whole: Any) -> None:
     def unrotated(model: ir.Model) -> None:
         attention = attentions(model)[0]
         key_like = attention.inputs[0].producer().inputs[1].producer().inputs[0]  # the query before its slice
         attention.replace_input_with(0, unary(model, "Identity", key_like, attention))
 
     with pytest.raises(PassFailed, match="fused 1 of 2"):
-        fuse(traced, unrotated)
+        fuse(whole, unrotated)
 
 
-def test_an_interleaved_rotation_is_not_fused(traced: Any) -> None:
+def test_an_interleaved_rotation_is_not_fused(whole: Any) -> None:
     def swapped(model: ir.Model) -> None:
         negation = next(node for node in model.graph if node.op_type == "Neg")
         concat = next(iter(negation.outputs[0].uses())).node
@@ -101,4 +110,4 @@ def test_an_interleaved_rotation_is_not_fused(traced: Any) -> None:
         concat.replace_input_with(1, first)
 
     with pytest.raises(PassFailed):
-        fuse(traced, swapped)
+        fuse(whole, swapped)

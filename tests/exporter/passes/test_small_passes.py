@@ -29,21 +29,27 @@ def power_of_relu(exponent: float, op: str = "Relu") -> ir.Model:
     tape = ir.tape.Tape()
     y = tape.op("Pow", [tape.op(op, [x]), constant])
     y.name, y.dtype, y.shape = "y", FLOAT, x.shape
-    return graph([x], [y], tape.nodes, [constant])
+    weight = ir.Value(name="model.layers.0.weight", type=ir.TensorType(FLOAT), shape=ir.Shape([1]))  # of one layer
+    return graph([x], [y], tape.nodes, [constant, weight])
 
 
 def test_a_squared_relu_becomes_a_product_of_the_same_name() -> None:
     model = power_of_relu(2.0)
-    assert SquareRelu(1)(model).count == 1
+    assert SquareRelu("relu2")(model).count == 1
     assert [node.op_type for node in model.graph] == ["Relu", "Mul"]
     assert model.graph.outputs[0].name == "y"
-    assert SquareRelu(1)(model).count == 0
+    assert SquareRelu("relu2")(model).count == 0
+
+
+def test_another_activation_has_no_squared_relu() -> None:
+    with pytest.raises(PassFailed, match="found 1 squared Relu where 0 are expected"):
+        SquareRelu("relu")(power_of_relu(2.0))
 
 
 @pytest.mark.parametrize("model", [power_of_relu(3.0), power_of_relu(2.0, "Sigmoid")], ids=["cube", "not a relu"])
 def test_what_is_not_a_squared_relu_stops_the_export(model: ir.Model) -> None:
     with pytest.raises(PassFailed, match="found 0 squared Relu where 1 are expected"):
-        SquareRelu(1)(model)
+        SquareRelu("relu2")(model)
 
 
 def test_a_weight_that_is_linked_is_multiplied_as_it_is_stored_and_computed_matrices_as_they_are() -> None:
