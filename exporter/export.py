@@ -96,9 +96,9 @@ def export(
     checkpoint = Checkpoint.open(checkpoint_path, options.adapter, revision=options.revision)
     destination = bundle_path or Path("artifacts") / f"{checkpoint.name}-{options.target}-{options.precision}"
     _check_place(destination, checkpoint, options.force)
+    plan = make_plan(options, checkpoint)
     if not room_checked:
         check_room(checkpoint.path, destination, options)
-    plan = make_plan(options, checkpoint)
     spec, task, form = checkpoint.spec, plan.task, plan.form
     check_companions(checkpoint, task)
     shapes = expected_shapes(spec, task)
