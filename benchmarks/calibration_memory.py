@@ -16,18 +16,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.make_checkpoint import config_of, write_checkpoint
+from benchmarks.make_checkpoint import PRESETS, config_of, write_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "calibration-memory.json"
-SHAPE = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "vocab_size": 32_000,
-    "num_hidden_layers": 12,
-}
+SHAPE = PRESETS["242m"] | {"num_hidden_layers": 12}
 RECIPES = {"nearest": "", "scaling": "scaling = true\n", "gptq": 'method = "gptq"\nscaling = true\n'}
 
 
@@ -50,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "peak_rss_mb": {},
     }
     with tempfile.TemporaryDirectory() as place:
-        checkpoint = write_checkpoint(Path(place) / "checkpoint", config_of("242m", num_hidden_layers=12), "float16")
+        checkpoint = write_checkpoint(Path(place) / "checkpoint", config_of("242m", **SHAPE), "float16")
         for name, recipe in RECIPES.items():
             path = Path(place) / f"{name}.toml"
             path.write_text(recipe)

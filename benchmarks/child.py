@@ -1,4 +1,4 @@
-"""A command in a process of its own: its wall seconds and its peak memory, as the operating system counts them."""
+"""A command in a process of its own: its seconds and its peak memory, as the operating system counts them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ OURS = (sys.executable, "-c", "from exporter.cli import main; main()")
 
 @dataclass(frozen=True)
 class Measured:
-    """From a command's start to its end; the peak is that of its largest process. What it printed."""
+    """A command's wall seconds, those of all its cores, the peak of its largest process, and what it printed."""
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     output: str
 
     def to_json(self) -> dict[str, float]:
         """Seconds, and memory in GB (10⁹ bytes)."""
-        return {"seconds": round(self.seconds, 2), "peak_gb": round(self.peak_bytes / 1e9, 3)}
+        return {
+            "seconds": round(self.seconds, 2),
+            "cpu_seconds": round(self.cpu_seconds, 2),
+            "peak_gb": round(self.peak_bytes / 1e9, 3),
+        }
 
 
 def measured(command: Sequence[object], directory: Path = ROOT) -> Measured:
@@ -47,4 +52,5 @@ def measured(command: Sequence[object], directory: Path = ROOT) -> Measured:
             said = errors.read()[-2000:].decode(errors="replace")
             raise SystemExit(f"{' '.join(map(str, command))} failed with exit code {process.returncode}:\n{said}")
         output.seek(0)
-        return Measured(seconds, usage.ru_maxrss * 1024, output.read().decode())
+        cpu = usage.ru_utime + usage.ru_stime
+        return Measured(seconds, cpu, usage.ru_maxrss * 1024, output.read().decode())

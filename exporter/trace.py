@@ -85,7 +85,12 @@ def trace_whole(spec: NemotronSpec, task: Task = _TEXT_GENERATION, *, cached: bo
         ids = torch.zeros(batch, sequence, dtype=torch.long)
         mask = torch.ones(batch, past + sequence, dtype=torch.long)
         cache = [torch.zeros(batch, spec.kv_heads, past, spec.head_dim) for _ in range(2 * len(layers))]
-    dynamic, tokens = torch.export.Dim.DYNAMIC, {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    rows, new, cached_tokens = (torch.export.Dim(name) for name in ("batch", "sequence", "past"))
+    dynamic_shapes = (
+        {0: rows, 1: new},
+        {0: rows, 1: torch.export.Dim.DYNAMIC},  # what it is to the others follows from its use
+        [{0: rows, 2: cached_tokens}] * len(cache),
+    )
     pasts, presents = ([name for layer in layers for name in names(layer)] for names in (past_names, present_names))
     with _quiet(), torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         # That cache pays where layers repeat; for one, its keys of symbolic shapes take a third of the time.
@@ -98,7 +103,7 @@ def trace_whole(spec: NemotronSpec, task: Task = _TEXT_GENERATION, *, cached: bo
             opset_version=OPSET,
             input_names=[INPUT_IDS, ATTENTION_MASK, *pasts],
             output_names=[*task.outputs, *presents],
-            dynamic_shapes=(tokens, tokens, [{0: dynamic, 2: dynamic}] * len(cache)),
+            dynamic_shapes=dynamic_shapes,
         )
     assert program is not None
     _release_weights(program.model, {f"model.rotary_emb.{name}": held for name, held in rope_buffers(spec).items()})
