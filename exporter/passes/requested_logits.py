@@ -12,6 +12,9 @@ from plugins.nodes import Nodes
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_INDICES
 
 
+PRODUCTS = ("MatMul", "FusedMatMul")  # the latter where matrices are read as they are stored
+
+
 class _GatheredLogits(GraphPass):
     """Gathers columns [batch, kept] of the hidden state ahead of the final norm and the head, which work row by row."""
 
@@ -36,10 +39,10 @@ class _GatheredLogits(GraphPass):
 
     def _head_and_norm(self, logits: ir.Value) -> tuple[ir.Node, ir.Node]:
         head = logits.producer()
-        normed = head.inputs[0] if head is not None and head.op_type == "MatMul" else None
+        normed = head.inputs[0] if head is not None and head.op_type in PRODUCTS else None
         norm = normed.producer() if normed is not None else None
         if head is None or norm is None or norm.op_type != "LayerNormalization":
-            raise self.fail("logits are not a MatMul of the final LayerNormalization")
+            raise self.fail("logits are no product with the final LayerNormalization")
         return head, norm
 
 
