@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +130,16 @@ class Checkpoint:
             yield start, rows_of
         if digest is not None:
             self._digests[name] = digest.hexdigest()
+
+    def note(self, name: str, runs: Iterable[memoryview | None]) -> bool:
+        """Note a tensor's digest for the fingerprint by its bytes, unless None is among them; whether it is noted."""
+        digest = _begun(name, self.tensors[name])
+        for run in runs:
+            if run is None:
+                return False
+            digest.update(run)
+        self._digests[name] = digest.hexdigest()
+        return True
 
     def check_unchanged(self) -> None:
         """Check that every file is the one whose header was read.

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from exporter import passes
+from exporter.ahead import hashed_ahead
 from exporter.calibrate import calibrate
 from exporter.calibrated import Calibrated
 from exporter.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from exporter.companions import check_companions, write_companions, write_genai_
 from exporter.describe import describe
 from exporter.gate_size import fits_whole, refusal
 from exporter.lowering import lower
-from exporter.parameters import check_tensors, expected_shapes, is_matrix
+from exporter.parameters import check_tensors, expected_shapes, is_matrix, weight_source
 from exporter.plan import ExportOptions, Plan, Windows, make_plan, sample_of, windows_of
 from exporter.preflight import check_room
 from exporter.quality import check_limits, logits_of, measure
@@ -112,7 +113,7 @@ def export(
     clock = _Clock(progress)
 
     with staged(destination, options.force) as directory:
-        with clock.stage("trace"):
+        with clock.stage("trace"), hashed_ahead(checkpoint, (weight_source(name, checkpoint) for name in shapes)):
             model = trace(spec, task, cached=form.cache)
         calibrated = Calibrated(Scaling(spec))
         if sample is not None:

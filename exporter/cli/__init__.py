@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check failed, 2 the user must change something, 130 inte
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,9 @@ def main() -> NoReturn:
         sys.stdout.reconfigure(errors="replace")  # text that the terminal cannot show must not end the program
     # Before torch loads OpenMP: threads that spin while they wait made checks ten times slower where cores were busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    gc.freeze()  # else Python looks through all of torch's objects once more before it goes: a second or two
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -11,7 +11,6 @@ from exporter.passes.last_tokens import CONTRACT, rightmost
 from plugins.nodes import Nodes
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_INDICES
 
-
 PRODUCTS = ("MatMul", "FusedMatMul")  # the latter where matrices are read as they are stored
 
 

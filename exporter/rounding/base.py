@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 VALUES, SCALES, ZERO_POINTS = "values", "scales", "zero_points"
 BLOCKS = (32, 64, 128)
-_NUMBERS = 1 << 18  # rounded at once: what stays in the processor's caches
+_NUMBERS = 1 << 20  # rounded at once: with fewer, threads wait for the interpreter; more leave the caches
 
 Shape = tuple[int, ...]
 Parts = dict[str, tuple[str | None, Shape]]
