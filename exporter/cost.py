@@ -160,12 +160,12 @@ def cache_bytes_per_token(model: Model, precision: Precision) -> int:
 
 
 def whole_gate_bytes(parameters: int) -> int:
-    """What the parity gate takes where it holds the whole model."""
-    return WHOLE_GATE * parameters
+    """What a process takes whose parity gate holds the whole model."""
+    return BASE + WHOLE_GATE * parameters
 
 
 def layered_gate_bytes(model: Model) -> int:
-    """What it takes, at the most, where it goes layer by layer."""
+    """What a process takes, at the most, whose gate goes layer by layer."""
     return int(LAYERED_GATE * 4 * model.layer) + LAYERED_GATE_BASE
 
 
@@ -176,7 +176,7 @@ def export_peak_bytes(model: Model, precision: Precision, calibration_tokens: in
         model: of any task.
         precision: with the recipe's choices.
         calibration_tokens: that are run where the precision is calibrated.
-        gate: what the parity gate takes, 0 without it.
+        gate: what the process takes at the parity gate, 0 without it.
     """
     weights = min(SLICES, 12 * model.largest)  # read, in fp32, and in its new form
     calibration = 0
@@ -185,7 +185,7 @@ def export_peak_bytes(model: Model, precision: Precision, calibration_tokens: in
         calibration = int(
             _CALIBRATION["gptq" if precision.gptq else "scaling" if precision.scaling else "range"] * held
         )
-    return BASE + max(weights, calibration, gate)
+    return max(BASE + weights, BASE + calibration, gate)
 
 
 def least_peak_bytes(model: Model, precision: Precision, *, gate: bool) -> int:

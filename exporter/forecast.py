@@ -86,7 +86,7 @@ class Estimate:
             "peak_bytes": {"unchecked": self.peak, "layer by layer": self.peak_layered, "whole": self.peak_whole},
             "kv_bytes_per_token": self.cache_per_token or None,
             "fits": vars(self.fit) if self.fit else None,
-            "seconds": {stage: round(seconds, 1) for stage, seconds in (self.seconds or {}).items()},
+            "seconds": {stage: round(seconds, 3) for stage, seconds in (self.seconds or {}).items()},
         }
 
 

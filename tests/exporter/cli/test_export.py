@@ -105,6 +105,7 @@ def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
         "max_perplexity_increase": None,
         "verify": True,
         "memory": None,
+        "weights": "copy",
         "force": False,
         "adapter": None,
     }
@@ -113,7 +114,8 @@ def test_the_defaults_are_those_of_the_contract(cli, exporter, tmp_path):
 
 def test_every_flag_arrives(cli, exporter, tmp_path):
     flags = (
-        "--task text-generation --target tensorrt --precision int4 --max-length 64 --no-verify --force --memory 1.5GiB"
+        "--task text-generation --target tensorrt --precision int4 --max-length 64 --no-verify --force --memory 1.5GiB "
+        "--weights link"
     )
     more = "--no-cache --inputs embeds --position-ids --output-hidden-states --output-attentions"
     rounding = (
@@ -146,6 +148,7 @@ def test_every_flag_arrives(cli, exporter, tmp_path):
         "max_perplexity_increase": 2,
         "verify": False,
         "memory": 1536 * 1024**2,
+        "weights": "link",
         "force": True,
         "adapter": tmp_path,
     }

@@ -11,13 +11,13 @@ from runtime.measured import Comparison, Parity
 
 @pytest.fixture
 def verdict(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What the two comparisons of the next run find; then whether it was of the network, and the adapter."""
+    """What the two comparisons of the next run find; then whether it was of the network, the adapter and the memory."""
     found = [True, True]
 
-    def verify(bundle, checkpoint, progress, *, network, adapter) -> Parity:
+    def verify(bundle, checkpoint, progress, *, network, adapter, memory) -> Parity:
         print("a library's chatter")
         progress("verify", 1, 2)
-        found[2:] = [network, adapter]
+        found[2:] = [network, adapter, memory]
         rows = tuple(
             Comparison(name="logits", case=str(n), metric="max_abs", value=None, limit=1e-4, passed=passed)
             for n, passed in enumerate(found[:2])
@@ -67,6 +67,11 @@ def test_the_network_is_checked_only_where_it_is_asked_for(cli, verdict, tmp_pat
 def test_the_adapter_that_was_merged_arrives(cli, verdict, tmp_path):
     assert cli("verify", "b", tmp_path, "--adapter", tmp_path).code == 0
     assert verdict[3] == tmp_path
+
+
+def test_the_memory_that_may_be_used_arrives(cli, verdict, tmp_path):
+    assert cli("verify", "b", tmp_path, "--memory", "4GiB").code == 0
+    assert verdict[4] == 4 * 2**30
 
 
 def test_a_revision_of_a_directory_is_refused(cli, verdict, tmp_path):
