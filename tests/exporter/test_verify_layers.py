@@ -56,7 +56,12 @@ def bundle_of(
     return bundle
 
 
-KINDS = ["fp32", "int8 cache", "int4", "tensorrt bf16", "tensorrt int4"]
+KINDS = [
+    "fp32",
+    "int8 cache",
+    "tensorrt bf16",
+    *(pytest.param(k, marks=pytest.mark.slow) for k in ("int4", "tensorrt int4")),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,14 +148,17 @@ def test_each_layer_is_read_once_and_the_head_in_runs(
     assert most <= 600
 
 
-@pytest.mark.parametrize("max_length", [3, 11])
+@pytest.mark.parametrize("max_length", [3, pytest.param(11, marks=pytest.mark.slow)])
 def test_models_of_very_short_context_fit(tmp_path: Path, max_length: int) -> None:
     checkpoint = write_checkpoint(tmp_path / "short", num_hidden_layers=2, max_position_embeddings=max_length)
     bundle = export(checkpoint, tmp_path / "bundle", ExportOptions(verify=False)).bundle
     assert run_layered_gate(Bundle.open(bundle), Checkpoint.open(checkpoint)).parity.passed
 
 
-@pytest.mark.parametrize(("kind", "kernels"), [("int4", True), ("int4", False), ("tensorrt bf16", False)])
+@pytest.mark.parametrize(
+    ("kind", "kernels"),
+    [pytest.param("int4", True), pytest.param("int4", False, marks=pytest.mark.slow), ("tensorrt bf16", False)],
+)
 def test_a_precision_costs_the_same_measured_layer_by_layer(
     kind: str, kernels: bool, bundle_of: Callable[[str], Bundle], tiny_checkpoint: Path
 ) -> None:

@@ -66,7 +66,12 @@ def weights_of(model: ir.Model) -> dict[str, Any]:
     return {str(value.name): (origin_of(value), list(value.shape), value.dtype) for value in weights}
 
 
-@pytest.mark.parametrize(("task", "config", "form"), GRAPHS.values(), ids=GRAPHS)
+# Each traces three layers; one of them is told at once.
+@pytest.mark.parametrize(
+    ("task", "config", "form"),
+    [pytest.param(*graph, marks=[pytest.mark.slow] * bool(place)) for place, graph in enumerate(GRAPHS.values())],
+    ids=GRAPHS,
+)
 def test_a_stack_of_three_is_the_trace_of_three(task: str, config: dict[str, Any], form: GraphForm) -> None:
     spec = spec_of(**config)
     whole, stacked = (make(spec, TASKS[task], cached=form.cache) for make in (trace_whole, trace))
