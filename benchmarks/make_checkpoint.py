@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "242m": _shape(16, 1024, 4096, 16, 4, 64, 32_000),  # of nobody: 241.8 million parameters
     # config.json of nvidia/Minitron-4B-Base.
     "minitron-4b": _shape(32, 3072, 9216, 24, 8, 128, 256_000),
-    # Width, heads and MLP by the model card of nvidia/Minitron-8B-Base; layers, groups and head_dim by its config.json.
+    # Width, heads and MLP by the model card of nvidia/Minitron-8B-Base; layers, groups and head_dim as its sister's.
     "minitron-8b": _shape(32, 4096, 16_384, 48, 8, 128, 256_000),
     # config.json of mgoin/nemotron-3-8b-chat-4k-sft-hf and thhaus/nemotron3-8b: a key/value head per query head.
     "nemotron-3-8b": _shape(32, 4096, 16_384, 32, 32, 128, 256_000),

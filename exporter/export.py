@@ -101,19 +101,14 @@ def export(
     if not room_checked:
         check_room(checkpoint.path, destination, options)
     spec, task, form = checkpoint.spec, plan.task, plan.form
-    check_companions(checkpoint, task)
-    shapes = expected_shapes(spec, task)
-    check_tensors(shapes, checkpoint, task)
-    plan.precision.check_layers(filter(is_matrix, shapes))
+    sources = _check_content(checkpoint, plan)
     windows = windows_of(options, plan, checkpoint)
     sample = sample_of(options, plan, checkpoint)
-    layered = options.verify and not fits_whole(checkpoint, options.memory)
-    if layered and (not form.cache or form.hidden_states or form.position_ids):
-        raise refusal(checkpoint, options.memory)
+    layered = _goes_by_layers(options, plan, checkpoint)
     clock = _Clock(progress)
 
     with staged(destination, options.force) as directory:
-        with clock.stage("trace"), hashed_ahead(checkpoint, (weight_source(name, checkpoint) for name in shapes)):
+        with clock.stage("trace"), hashed_ahead(checkpoint, sources):
             model = trace(spec, task, cached=form.cache)
         calibrated = Calibrated(Scaling(spec))
         if sample is not None:
@@ -151,6 +146,24 @@ def _check_place(destination: Path, checkpoint: Checkpoint, force: bool) -> None
                 f"the {what} {path} lies in {destination}, which --force would delete; "
                 "choose another place for the bundle"
             )
+
+
+def _check_content(checkpoint: Checkpoint, plan: Plan) -> list[str]:
+    """Check the files that go along and every tensor's place and shape; the tensors that the model is made of."""
+    check_companions(checkpoint, plan.task)
+    shapes = expected_shapes(checkpoint.spec, plan.task)
+    check_tensors(shapes, checkpoint, plan.task)
+    plan.precision.check_layers(filter(is_matrix, shapes))
+    return [weight_source(name, checkpoint) for name in shapes]
+
+
+def _goes_by_layers(options: ExportOptions, plan: Plan, checkpoint: Checkpoint) -> bool:
+    """Whether the gate holds a layer at a time, because the whole model does not fit the memory."""
+    if not options.verify or fits_whole(checkpoint, options.memory):
+        return False
+    if not plan.form.cache or plan.form.hidden_states or plan.form.position_ids:
+        raise refusal(checkpoint, options.memory)
+    return True
 
 
 def _write_files(
