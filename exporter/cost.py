@@ -17,7 +17,7 @@ from exporter.tasks import ARCHITECTURES, GENERATION
 
 Shape = tuple[int, ...]
 
-ALIGNMENT = 4096  # of each initializer, as `exporter.weights` writes them
+ALIGNMENT = 4096  # of each initializer: a page, so that a runtime can map it
 INLINE = 1024  # constants up to this size stay in the graph
 
 # A process with torch, transformers and onnxruntime, and the trace; and what every such process has at the least.

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from exporter.calibrated import Calibrated
 from exporter.checkpoint import Checkpoint
+from exporter.cost import ALIGNMENT, INLINE
 from exporter.data_file import DataFile, Place, lay_out
 from exporter.linked import external, link_files, linkable, read_linked
 from exporter.origin import is_weight, origin_of, part_of
@@ -30,8 +31,6 @@ from runtime.manifest import FileRecord
 if TYPE_CHECKING:
     import torch
 
-ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
-INLINE_BYTES = 1024  # constants up to this size stay in model.onnx
 _WORKERS = min(4, os.cpu_count() or 1)  # each holds a slice, and what it becomes
 
 Progress = Callable[[int], None]
@@ -121,7 +120,7 @@ def write_embeddings(checkpoint: Checkpoint, path: Path) -> FileRecord:
 
 def _stored(value: ir.Value) -> bool:
     """Whether an initializer goes to the data file."""
-    return is_weight(value) or (value.const_value is not None and value.const_value.nbytes > INLINE_BYTES)
+    return is_weight(value) or (value.const_value is not None and value.const_value.nbytes > INLINE)
 
 
 def _sinks(

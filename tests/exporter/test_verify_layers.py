@@ -220,3 +220,9 @@ def test_a_failed_export_says_at_which_layer(
     with pytest.raises(CheckFailed, match="hidden_states of layer 0 first"):
         export(tiny_checkpoint, tmp_path / "bundle", ExportOptions(memory=720_000_000))
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_checkpoint_of_another_shape_is_named_before_any_layer_runs(tiny_bundle: Path, tmp_path: Path) -> None:
+    other = Checkpoint.open(write_checkpoint(tmp_path / "other", num_hidden_layers=1))
+    with pytest.raises(UserError, match="are not of one model"):
+        gate(Bundle.open(tiny_bundle), other, layered=True)
