@@ -13,7 +13,7 @@ from exporter.adapter import Adapter
 from exporter.hub import locate, repository_name
 from exporter.spec import NemotronSpec, read_spec
 from exporter.tensor_files import Stamp, TensorInfo, read_checkpoint_headers
-from exporter.tensor_slices import SLICE_BYTES, content, read_rows, read_slices, read_tensor, rows_at_once
+from exporter.tensor_slices import content, read_rows, read_slices, read_tensor, rows_at_once
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,8 +108,8 @@ class Checkpoint:
         """Some rows of a tensor, as `read` gives them; they do not count for the fingerprint."""
         return self.read(name)[rows] if name in self.adapted else read_rows(name, self.tensors[name], rows)
 
-    def slices(self, name: str, size: int = SLICE_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
-        """Read one tensor, as `read` does, about so many bytes at a time: each slice with the index of its first row.
+    def slices(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Read one tensor, as `read` does, some rows at a time: each slice with the index of its first row.
 
         All rows are those of a slice but for the last slice's, and their number is a multiple of 64. What an adapter
         changes is merged in one piece.
@@ -119,12 +119,12 @@ class Checkpoint:
         """
         if name in self.adapted:
             merged = self.read(name)
-            rows = rows_at_once(tuple(merged.shape), merged.itemsize, size)
+            rows = rows_at_once(tuple(merged.shape), merged.itemsize)
             yield from ((start, merged[start : start + rows]) for start in range(0, len(merged), rows))
             return
         info = self.tensors[name]
         digest = None if name in self._digests else _begun(name, info)
-        for start, rows_of in read_slices(name, info, size):
+        for start, rows_of in read_slices(name, info):
             if digest is not None:
                 digest.update(content(rows_of))
             yield start, rows_of

@@ -55,27 +55,28 @@ def read_tensor(name: str, info: TensorInfo) -> torch.Tensor:
     Raises:
         UserError: the file cannot be read or has changed, or the tensor holds NaN or infinity.
     """
-    return read_rows(name, info, slice(None)).view(info.shape)
+    _, tensor = next(read_slices(name, info, max(1, _shape(info)[0])))
+    return tensor.view(info.shape)
 
 
-def rows_at_once(shape: tuple[int, ...], itemsize: int, size: int = SLICE_BYTES) -> int:
-    """How many rows of a tensor, at its stored size, are about so many bytes; a multiple of `EVEN`."""
-    return max(1, size // max(1, math.prod(shape[1:]) * itemsize * EVEN)) * EVEN
+def rows_at_once(shape: tuple[int, ...], itemsize: int) -> int:
+    """How many rows of a tensor, at its stored size, are about `SLICE_BYTES`; a multiple of `EVEN`."""
+    return max(1, SLICE_BYTES // max(1, math.prod(shape[1:]) * itemsize * EVEN)) * EVEN
 
 
-def read_slices(name: str, info: TensorInfo, size: int = SLICE_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
+def read_slices(name: str, info: TensorInfo, rows: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
     """A tensor's slices along its first axis, in order, each with the index of its first row; a scalar is one row.
 
     Args:
         name: of the tensor.
         info: where it lies.
-        size: about how many bytes a slice has, as `rows_at_once` has it.
+        rows: of a slice (default: `rows_at_once`).
 
     Raises:
         UserError: the file cannot be read or has changed, or a slice holds NaN or infinity.
     """
     shape = _shape(info)
-    rows = rows_at_once(shape, _dtype(info).itemsize, size)
+    rows = rows or rows_at_once(shape, _dtype(info).itemsize)
     for start in range(0, max(shape[0], 1), rows):
         yield start, read_rows(name, info, slice(start, start + rows))
 

@@ -31,7 +31,6 @@ from runtime.manifest import FileRecord
 if TYPE_CHECKING:
     import torch
 
-_TRANSPOSED_BYTES = 1 << 26  # read at once of what is written as columns: short runs fill pages of the file in parts
 _WORKERS = min(4, os.cpu_count() or 1)  # each holds a slice, and what it becomes
 
 Progress = Callable[[int], None]
@@ -239,11 +238,9 @@ class _Written:
 
 def _slices(source: str, sinks: list[Sink], checkpoint: Checkpoint) -> Iterable[tuple[int, torch.Tensor]]:
     """A tensor's slices; all of it at once where two rows would share a byte of an initializer."""
-    if not all(place.columns_are_bytes for sink in sinks if sink.by_columns for place in sink.places):
-        return [(0, checkpoint.read(source))]
-    if any(sink.by_columns and isinstance(sink, Whole) for sink in sinks):
-        return checkpoint.slices(source, _TRANSPOSED_BYTES)
-    return checkpoint.slices(source)
+    if all(place.columns_are_bytes for sink in sinks if sink.by_columns for place in sink.places):
+        return checkpoint.slices(source)
+    return [(0, checkpoint.read(source))]
 
 
 def _external(value: ir.Value, path: Path, place: Place) -> ir.ExternalTensor:
