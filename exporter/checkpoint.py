@@ -108,23 +108,23 @@ class Checkpoint:
         """Some rows of a tensor, as `read` gives them; they do not count for the fingerprint."""
         return self.read(name)[rows] if name in self.adapted else read_rows(name, self.tensors[name], rows)
 
-    def slices(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    def slices(self, name: str, *, wide: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
         """Read one tensor, as `read` does, some rows at a time: each slice with the index of its first row.
 
-        All rows are those of a slice but for the last slice's, and their number is a multiple of 64. What an adapter
-        changes is merged in one piece.
+        All rows are those of a slice but for the last slice's, and their number is a multiple of 64; wide slices have
+        more of them, for what is written as columns. What an adapter changes is merged in one piece.
 
         Raises:
             UserError: the file cannot be read or has changed, or a slice holds NaN or infinity.
         """
         if name in self.adapted:
             merged = self.read(name)
-            rows = rows_at_once(tuple(merged.shape), merged.itemsize)
+            rows = rows_at_once(tuple(merged.shape), merged.itemsize, wide=wide)
             yield from ((start, merged[start : start + rows]) for start in range(0, len(merged), rows))
             return
         info = self.tensors[name]
         digest = None if name in self._digests else _begun(name, info)
-        for start, rows_of in read_slices(name, info):
+        for start, rows_of in read_slices(name, info, wide=wide):
             if digest is not None:
                 digest.update(content(rows_of))
             yield start, rows_of

@@ -22,7 +22,7 @@ INLINE = 1024  # constants up to this size stay in the graph
 
 # A process with torch, transformers and onnxruntime, and the trace; and what every such process has at the least.
 BASE, LEAST_BASE = 700_000_000, 350_000_000
-SLICES = 400_000_000  # of a matrix on its way into the bundle, at the most
+SLICES = 500_000_000  # of matrices on their way into the bundle, at the most
 WHOLE_GATE = 16  # bytes a parameter: the graph, and transformers in fp32 and in fp64
 LAYERED_GATE, LAYERED_GATE_BASE = 2.2, 600_000_000  # times the largest layer in fp32, and beside it
 RUNTIME = 150_000_000  # a process with onnxruntime that runs a bundle, beside weights and cache

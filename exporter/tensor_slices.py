@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 SLICE_BYTES = 1 << 24  # of a tensor at once: larger ones leave the processor's caches, smaller ones are short writes
+WIDE_BYTES = 1 << 26  # the same of what is written as columns: a slice of few rows is runs that fill pages in parts
 EVEN = 64  # slices begin at multiples of it, so that rows of a few bits each begin on a byte
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -55,28 +56,28 @@ def read_tensor(name: str, info: TensorInfo) -> torch.Tensor:
     Raises:
         UserError: the file cannot be read or has changed, or the tensor holds NaN or infinity.
     """
-    _, tensor = next(read_slices(name, info, max(1, _shape(info)[0])))
-    return tensor.view(info.shape)
+    return read_rows(name, info, slice(None)).view(info.shape)
 
 
-def rows_at_once(shape: tuple[int, ...], itemsize: int) -> int:
-    """How many rows of a tensor, at its stored size, are about `SLICE_BYTES`; a multiple of `EVEN`."""
-    return max(1, SLICE_BYTES // max(1, math.prod(shape[1:]) * itemsize * EVEN)) * EVEN
+def rows_at_once(shape: tuple[int, ...], itemsize: int, *, wide: bool = False) -> int:
+    """How many rows of a tensor, at its stored size, are about a slice's bytes; a multiple of `EVEN`."""
+    size = WIDE_BYTES if wide else SLICE_BYTES
+    return max(1, size // max(1, math.prod(shape[1:]) * itemsize * EVEN)) * EVEN
 
 
-def read_slices(name: str, info: TensorInfo, rows: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+def read_slices(name: str, info: TensorInfo, *, wide: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
     """A tensor's slices along its first axis, in order, each with the index of its first row; a scalar is one row.
 
     Args:
         name: of the tensor.
         info: where it lies.
-        rows: of a slice (default: `rows_at_once`).
+        wide: slices of `WIDE_BYTES`, for what is written as columns.
 
     Raises:
         UserError: the file cannot be read or has changed, or a slice holds NaN or infinity.
     """
     shape = _shape(info)
-    rows = rows or rows_at_once(shape, _dtype(info).itemsize)
+    rows = rows_at_once(shape, _dtype(info).itemsize, wide=wide)
     for start in range(0, max(shape[0], 1), rows):
         yield start, read_rows(name, info, slice(start, start + rows))
 

@@ -238,9 +238,9 @@ class _Written:
 
 def _slices(source: str, sinks: list[Sink], checkpoint: Checkpoint) -> Iterable[tuple[int, torch.Tensor]]:
     """A tensor's slices; all of it at once where two rows would share a byte of an initializer."""
-    if all(place.columns_are_bytes for sink in sinks if sink.by_columns for place in sink.places):
-        return checkpoint.slices(source)
-    return [(0, checkpoint.read(source))]
+    if not all(place.columns_are_bytes for sink in sinks if sink.by_columns for place in sink.places):
+        return [(0, checkpoint.read(source))]
+    return checkpoint.slices(source, wide=any(sink.by_columns and isinstance(sink, Whole) for sink in sinks))
 
 
 def _external(value: ir.Value, path: Path, place: Place) -> ir.ExternalTensor:

@@ -280,7 +280,7 @@ def test_a_wrong_weight_recipe_leaves_no_bundle_and_the_old_one(old: Path, small
 
 def test_a_weight_from_another_layer_is_noticed(quick, small_checkpoint, tmp_path, monkeypatch) -> None:
     read = Checkpoint.slices
-    other = lambda self, name: read(self, name.replace("layers.1.mlp", "layers.0.mlp"))  # noqa: E731
+    other = lambda self, name, **how: read(self, name.replace("layers.1.mlp", "layers.0.mlp"), **how)  # noqa: E731
     monkeypatch.setattr(Checkpoint, "slices", other)
     with pytest.raises(CheckFailed):
         export(small_checkpoint, tmp_path / "b", ExportOptions())

@@ -67,6 +67,13 @@ def expected(value: ir.Value, source: torch.Tensor, scale: Callable[[torch.Tenso
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def slices_of(monkeypatch: pytest.MonkeyPatch, size: int, even: int = 64) -> None:
+    """Slices, wide ones too, of about so many bytes, and of a multiple of so many rows."""
+    monkeypatch.setattr(tensor_slices, "SLICE_BYTES", size)
+    monkeypatch.setattr(tensor_slices, "WIDE_BYTES", size)
+    monkeypatch.setattr(tensor_slices, "EVEN", even)
+
+
 @pytest.fixture(params=["fp32", "bf16", "bf16 pickled"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     dtype = torch.float32 if request.param == "fp32" else torch.bfloat16
@@ -87,8 +94,7 @@ def test_slices_of_any_size_give_what_whole_tensors_do(checkpoint, precision, sc
     scaling = Scaling(opened.spec, factors if scaled else {})
     found = set()
     for index, (size, even) in enumerate([(1, 2), (1, 64), (1 << 24, 64)]):
-        monkeypatch.setattr(tensor_slices, "SLICE_BYTES", size)
-        monkeypatch.setattr(tensor_slices, "EVEN", even)
+        slices_of(monkeypatch, size, even)
         model, path = one_of_each(opened, DTYPES[precision]), tmp_path / f"data-{index}"
         opened = Checkpoint.open(checkpoint)
         records = write_weights(model, opened, path, Calibrated(scaling))
@@ -109,7 +115,7 @@ def test_slices_of_any_size_give_what_whole_tensors_do(checkpoint, precision, sc
 
 @pytest.mark.parametrize("size", [1, 1 << 24])
 def test_the_table_of_embeddings_is_as_numpy_saves_it(checkpoint: Path, tmp_path: Path, monkeypatch, size: int) -> None:
-    monkeypatch.setattr(tensor_slices, "SLICE_BYTES", size)
+    slices_of(monkeypatch, size)
     opened = Checkpoint.open(checkpoint)
     record = write_embeddings(opened, tmp_path / "ours.npy")
     np.save(tmp_path / "theirs.npy", opened.read(EMBEDDING).float().numpy())
@@ -137,12 +143,11 @@ def threads_left() -> list[str]:
 
 def sliced(monkeypatch: pytest.MonkeyPatch, after: int, then: Callable[[], None]) -> None:
     """Slices of two rows; something happens after some of them."""
-    monkeypatch.setattr(tensor_slices, "SLICE_BYTES", 1)
-    monkeypatch.setattr(tensor_slices, "EVEN", 2)
+    slices_of(monkeypatch, 1, even=2)
     slices = Checkpoint.slices
 
-    def watched(self: Checkpoint, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        for count, found in enumerate(slices(self, name)):
+    def watched(self: Checkpoint, name: str, **how: bool) -> Iterator[tuple[int, torch.Tensor]]:
+        for count, found in enumerate(slices(self, name, **how)):
             yield found
             if name == UP and count == after:
                 then()
@@ -225,7 +230,7 @@ def test_what_leaves_the_range_of_the_dtype_is_named(tmp_path: Path, monkeypatch
     path = write_checkpoint(tmp_path / "checkpoint")
     opened = Checkpoint.open(path)
     scaling = Scaling(opened.spec, {"model.layers.0.mlp.down_proj": torch.full((96,), 1e-12)})
-    monkeypatch.setattr(tensor_slices, "SLICE_BYTES", 1)
+    slices_of(monkeypatch, 1)
     with pytest.raises(UserError) as found:
         write_weights(one_of_each(opened, ir.DataType.FLOAT16), opened, tmp_path / "data", Calibrated(scaling))
     assert_tells(found.value, UP, "leaves the range of float16")

@@ -122,11 +122,12 @@ def test_progress_counts_up_to_the_last_byte(graph_model, small_copy: Path, tmp_
 
 def test_few_slices_are_in_memory_however_many_a_tensor_has(graph_model, small_copy, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tensor_slices, "SLICE_BYTES", 1)
+    monkeypatch.setattr(tensor_slices, "WIDE_BYTES", 1)
     monkeypatch.setattr(tensor_slices, "EVEN", 1)
     read, alive, most = Checkpoint.slices, [], [0]
 
-    def watched(self: Checkpoint, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        for start, rows in read(self, name):
+    def watched(self: Checkpoint, name: str, *, wide: bool) -> Iterator[tuple[int, torch.Tensor]]:
+        for start, rows in read(self, name, wide=wide):
             alive.append(weakref.ref(rows))
             most[0] = max(most[0], sum(reference() is not None for reference in alive))
             yield start, rows
