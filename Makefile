@@ -1,12 +1,15 @@
 # One command each: `make demo`, `make test`. Everything lives in .venv, made on first use.
+# Tests run in as many processes as JOBS says: make test JOBS=8
 # Another torch build than the default: make PIP_TORCH_ARGS="--index-url URL" demo   (see README)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_TORCH_ARGS ?=
+JOBS ?= 2
 EXTRAS := export,cpu
 DEV_EXTRAS := $(EXTRAS),rtx,dev
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile  # what a file's tests share is made once
 
 .PHONY: demo test test-all lint bench clean
 
@@ -14,10 +17,10 @@ demo: $(VENV)/.installed
 	$(BIN)/nemotron-export demo
 
 test: lint
-	$(BIN)/pytest -m "not slow and not foreign"
+	$(PYTEST) -m "not slow and not foreign"
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/pytest -m "slow or foreign"
+	$(PYTEST) -m "slow or foreign"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
