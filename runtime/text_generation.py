@@ -49,16 +49,17 @@ class TextGenerator:
     """A bundle on a backend. Each call has a cache of its own; the weights are shared.
 
     `remarks` are what a user should know of it: why this backend, and that it was not checked where it was not.
+    `load_s` are the seconds that loading took, `check_s` those of them that went into proving the bundle here.
     """
 
-    def __init__(self, bundle: Bundle, session: Session, load_s: float) -> None:
+    def __init__(self, bundle: Bundle, session: Session, load_s: float, check_s: float = 0.0) -> None:
         self.bundle = bundle
         self.tokenizer = Tokenizer(bundle)
-        self.backend = session.backend
+        self.backend, self.device = session.backend, session.device
         self.remarks = remarks(bundle, session.choice)
         self.max_length = session.max_capacity
         self._session = session
-        self._load_s = load_s
+        self.load_s, self.check_s = load_s, check_s
 
     def generate(self, prompts: Prompts, **options: Unpack[Options]) -> GenerationResult:
         """Continue the prompts and return their completions.
@@ -80,7 +81,7 @@ class TextGenerator:
         wanted = max(map(len, ids), default=1) + settings.max_new_tokens - 1
         capacity = min(max(wanted, 1), settings.capacity)
         session = self._session.reopen(slots=max(len(ids), 1), capacity=capacity)
-        return Generation(session, self.tokenizer, ids, settings, self._load_s)
+        return Generation(session, self.tokenizer, ids, settings, self.load_s)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """A conversation as a prompt: token ids up to where the assistant's next turn begins.
