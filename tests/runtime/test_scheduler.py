@@ -128,19 +128,20 @@ def test_an_exception_in_a_callback_ends_its_own_request_only(tokenizer: Tokeniz
         next(bad)
 
 
-def test_a_callback_may_cancel_and_submit(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("when", [1, 3])
+def test_a_callback_may_cancel_and_submit(tokenizer: Tokenizer, when: int) -> None:
     scheduler, later = Scheduler(FakeSession(), tokenizer), []
 
     def first_told(_: Event) -> None:
-        other.close()
-        if not later:
+        if len(first.row.token_ids) == when:
+            other.close()
             later.append(scheduler.submit([9], options()))
 
     first = scheduler.submit([5], options(), first_told)
     other = scheduler.submit([6], options())
     scheduler.run()
     assert first.row.token_ids == continuation([5], 6)
-    assert other.row.finish_reason is None
+    assert (len(other.row.token_ids), other.row.finish_reason) == (when - 1, None)
     assert later[0].row.token_ids == continuation([9], 6)
 
 
@@ -187,6 +188,27 @@ def test_a_prompt_that_begins_like_another_is_not_computed_again(tokenizer: Toke
     answer = scheduler.submit(again, options(capacity=200, max_new_tokens=1))
     assert answer.result().token_ids == continuation(again, 1)
     assert session.fed == fed + 1
+
+
+@pytest.mark.parametrize("held", [40, 60])  # of 60: the last place of a full slot is needed to carry it along
+def test_a_slot_between_running_ones_keeps_what_it_holds(tokenizer: Tokenizer, held: int) -> None:
+    session = FakeSession(slots=3, capacity=60)
+    scheduler = Scheduler(session, tokenizer)
+    middle = [6, *range(20, 40)]
+    runs = [([5], 60), (middle, held - len(middle) + 1), ([7], 60)]
+    first, between, last = (
+        scheduler.submit(prompt, options(capacity=60, max_new_tokens=count)) for prompt, count in runs
+    )
+    text = [*middle, *between.result().token_ids[:-1]]
+    assert len(text) == held
+    scheduler.step()
+    assert session.widths[-1] == (3, 1)  # the others run on, this one between them
+    fed, again = session.fed, [*text[: held - 1], 299]
+    answer = scheduler.submit(again, options(capacity=60, max_new_tokens=1))
+    assert answer.result().token_ids == continuation(again, 1)
+    assert session.fed - fed <= 1 + 3
+    assert first.result().token_ids == continuation([5], 60)
+    assert last.result().token_ids == continuation([7], 60)
 
 
 def test_equal_prompts_at_once_are_computed_once(tokenizer: Tokenizer) -> None:
