@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.errors import UserError
 from runtime.row import Completion, Event, Settings, check_prompt
 from runtime.scheduler import Scheduler
-from runtime.session import Session
-from runtime.tokenizer import Tokenizer
 
 __all__ = ["Completion", "Event", "Generation", "GenerationResult", "Settings", "Timing"]
 
@@ -48,18 +46,12 @@ class Generation(Iterator[Event]):
     """A running generation: iterate over its events as they come, or call `result` to have it finished."""
 
     def __init__(
-        self,
-        session: Session,
-        tokenizer: Tokenizer,
-        prompts: Sequence[Sequence[int]],
-        settings: Settings,
-        load_s: float = 0.0,
+        self, scheduler: Scheduler, prompts: Sequence[Sequence[int]], settings: Settings, load_s: float = 0.0
     ) -> None:
         """Prepare a batch; nothing runs before the first event is asked for.
 
         Args:
-            session: of its own; more prompts than slots wait until one is free.
-            tokenizer: of the same bundle.
+            scheduler: that runs it; more prompts than it has slots wait until one is free.
             prompts: token ids of each row.
             settings: of all rows.
             load_s: seconds that loading took, for the result.
@@ -70,16 +62,21 @@ class Generation(Iterator[Event]):
         if not prompts:
             raise UserError("there is no prompt; give at least one")
         for number, prompt in enumerate(prompts, start=1):
-            check_prompt(prompt, settings.capacity, session.vocab_size, f"prompt {number}")
-        self._backend = session.backend
-        self._scheduler = Scheduler(session, tokenizer, prefill_first=True)
+            check_prompt(prompt, settings.capacity, scheduler.session.vocab_size, f"prompt {number}")
+        self._scheduler = scheduler
         self._told: deque[Event] = deque()
-        self._requests = [self._scheduler.submit(prompt, settings, self._told.append) for prompt in prompts]
+        self._requests = [scheduler.submit(prompt, settings, self._told.append) for prompt in prompts]
+        self._first = self._requests[0].row.number
         self._load_s, self._ttft_s, self._decode_s = load_s, 0.0, 0.0
         self._events = self._run()
 
     def __next__(self) -> Event:
         return next(self._events)
+
+    def close(self) -> None:
+        """Forget the rows that have not ended."""
+        for request in self._requests:
+            request.close()
 
     def result(self) -> GenerationResult:
         """Run to the end and return everything generated."""
@@ -89,21 +86,23 @@ class Generation(Iterator[Event]):
         decoded = sum(len(row.token_ids) - 1 for row in rows)
         speed = decoded / self._decode_s if decoded else None
         return GenerationResult(
-            self._backend, [row.completion for row in rows], Timing(self._load_s, self._ttft_s, speed)
+            self._scheduler.session.backend, [row.completion for row in rows], Timing(self._load_s, self._ttft_s, speed)
         )
 
     def _run(self) -> Iterator[Event]:
-        more = True
-        while more:
+        while True:
+            while self._told:
+                event = self._told.popleft()
+                yield replace(event, row=event.row - self._first)
+            for request in self._requests:
+                if request.failure is not None:
+                    raise request.failure
+            if not any(self._scheduler.holds(request) for request in self._requests):
+                return
             prefilling, started = self._scheduler.prefilling, time.perf_counter()
-            more = self._scheduler.step()
+            self._scheduler.step()
             seconds = time.perf_counter() - started
             if prefilling:
                 self._ttft_s += seconds
             else:
                 self._decode_s += seconds
-            for request in self._requests:
-                if request.failure is not None:
-                    raise request.failure
-            while self._told:
-                yield self._told.popleft()

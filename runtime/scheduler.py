@@ -62,7 +62,7 @@ class Scheduler:
             prefill_first: run prompts to their end before any other row goes on. By default a part of a prompt and a
                 step of the rows that are running take turns, so that none of them stands still for long.
         """
-        self._session, self._tokenizer = session, tokenizer
+        self.session, self._tokenizer = session, tokenizer
         self._prefill_first = prefill_first
         self._waiting: deque[Request] = deque()
         self._slots = [_Slot(index) for index in range(session.slots)]
@@ -82,12 +82,12 @@ class Scheduler:
         Raises:
             UserError: the prompt can never run: empty, too long, or with tokens that there are not.
         """
-        check_prompt(prompt, settings.capacity, self._session.vocab_size)
+        check_prompt(prompt, settings.capacity, self.session.vocab_size)
         most = min(settings.capacity, len(prompt) + settings.max_new_tokens - 1)
-        if most > self._session.capacity:
+        if most > self.session.capacity:
             raise UserError(
                 f"a prompt of {len(prompt)} tokens and {settings.max_new_tokens} new ones do not fit a slot of "
-                f"{self._session.capacity}; ask for fewer, or for slots that hold more"
+                f"{self.session.capacity}; ask for fewer, or for slots that hold more"
             )
         request = Request(self, Row(self._count, prompt, self._tokenizer, settings), on_event)
         self._count += 1
@@ -151,7 +151,7 @@ class Scheduler:
         best = max(self._slots, key=lambda other: _common(other.tokens, prompt))
         common = _common(best.tokens, prompt)
         if common > len(slot.tokens):
-            copied = self._session.copy_prefix(best.index, slot.index, common)
+            copied = self.session.copy_prefix(best.index, slot.index, common)
             slot.tokens = prompt[: max(copied, len(slot.tokens))]
 
     def _worth(self, slot: _Slot) -> tuple[int, int]:
@@ -225,10 +225,10 @@ class Scheduler:
         for row, piece in enumerate(pieces):
             tokens[row, : len(piece)] = piece
         for slot in slots:
-            if slot.request is None and len(slot.tokens) == self._session.capacity:
+            if slot.request is None and len(slot.tokens) == self.session.capacity:
                 del slot.tokens[-1]  # the token that is carried along needs a place
         past = np.array([len(slot.tokens) for slot in slots])
-        return self._session.step(tokens, lengths, past, np.array([slot.index for slot in slots]), keep=keep)
+        return self.session.step(tokens, lengths, past, np.array([slot.index for slot in slots]), keep=keep)
 
     def _take(self, slot: _Slot, logits: Floats, draft: Sequence[int] = ()) -> int:
         """Choose tokens by a row's logits [1 + draft, vocab] for as long as the draft holds; how much of it held."""

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from runtime.errors import UserError
 from runtime.generate import Event, Generation, Settings
 from runtime.sampling import Sampling
+from runtime.scheduler import Scheduler
 from runtime.tokenizer import Tokenizer
 
 
 def run(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], session: Any = None, **options: Any) -> Generation:
     session = session or FakeSession()
-    return Generation(session, tokenizer, prompts, Settings(**({"capacity": session.capacity} | options)))
+    scheduler = Scheduler(session, tokenizer, prefill_first=True)
+    return Generation(scheduler, prompts, Settings(**({"capacity": session.capacity} | options)))
 
 
 @settings(deadline=None)
