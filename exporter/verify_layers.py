@@ -129,6 +129,7 @@ class _LayeredGate:
     def advance(self, layer: int) -> None:
         """Run a layer of either side, and compare."""
         ours, past = self._run_ours(layer)
+        release()
         kept = [[pair] if self._ties else [] for pair in ours]
         rows = [*(Row([], kept=own) for own in kept[:-1]), Row([], past=[past], kept=kept[-1])]
         scales = self._view.scales
@@ -160,7 +161,8 @@ class _LayeredGate:
         keys, values = self._view.of(cache).read(layer)
         found = [(keys[slot, :, : len(row)], values[slot, :, : len(row)]) for slot, row in enumerate(self._rows)]
         key, value = self._view.of(end).read(layer)
-        return [*found, (key[0, :, self._past :], value[0, :, self._past :])], past
+        # Copies: a view would keep the whole capacity.
+        return [*found, (key[0, :, self._past :].copy(), value[0, :, self._past :].copy())], past
 
     def finish(self) -> GateResult:
         """Run the head of either side, and compare logits."""

@@ -12,9 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 
-# Runs the command line, and sends the signal a moment after the stage's own function has begun.
+# Runs the command line, and sends the signal a moment after the stage's own function has begun. What a shell runs in the
+# background, these tests for one, has its children ignore an interruption.
 _INTERRUPTED = """
 import os, signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import exporter.export as module
 name, delay, number = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 del sys.argv[1:4]
