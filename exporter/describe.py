@@ -20,6 +20,9 @@ from exporter.rounding import VALUES
 from runtime.bundle import describe_files
 from runtime.manifest import FileRecord, Graph, Lowering, Manifest, PassRecord, Quantization, Source, TensorSpec
 
+# Operators that read rows of a table, those of the tokens or positions that they are given.
+_BY_ROWS = frozenset({"Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding"})
+
 
 def describe(
     directory: Path,
@@ -49,6 +52,7 @@ def describe(
         opset=lowered.opset,
         max_length=plan.max_length,
         graph=_describe_graph(model),
+        step_bytes=_step_bytes(model),
         passes=tuple(PassRecord(name=report.name, count=report.count) for report in reports),
         lowering=Lowering(attention=lowered.attention, fallbacks=lowered.fallbacks),
         files=describe_files(directory, known=hashed),
@@ -61,6 +65,15 @@ def _quantization(precision: Precision, model: ir.Model) -> Quantization | None:
     parts = [part_of(value) for value in model.graph.initializers.values()]
     matrices = Counter(part.rounding.precision for part in parts if part is not None and part.name == VALUES)
     return Quantization(recipe=precision.recipe.name, activations=precision.activations, matrices=dict(matrices))
+
+
+def _step_bytes(model: ir.Model) -> int:
+    """Bytes of the initializers that a step reads whole."""
+    return sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and any(node.op_type not in _BY_ROWS for node in value.consumers())
+    )
 
 
 def _describe_graph(model: ir.Model) -> Graph:

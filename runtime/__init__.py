@@ -97,5 +97,7 @@ def load(bundle: str | Path, *, task: str | None = None, **placement: Unpack[Pla
 
         return open_predictor(opened, **placement)
     session = open_session(opened, slots=1, capacity=1, **placement)
+    loaded = time.perf_counter()
     prove(opened, session)
-    return TextGenerator(opened, session, time.perf_counter() - started)
+    proven = time.perf_counter()
+    return TextGenerator(opened, session, proven - started, proven - loaded)

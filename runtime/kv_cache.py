@@ -48,6 +48,15 @@ class KVCache:
         key, value = self._buffers[layer]
         return _read(key), _read(value)
 
+    def copy_prefix(self, source: int, target: int, length: int) -> int:
+        """Copy the first tokens of one slot to another; how many were copied: none of a GPU's."""
+        for pair in self._buffers:
+            for buffer in pair:
+                if not isinstance(buffer, np.ndarray):
+                    return 0
+                buffer[target, :, :length] = buffer[source, :, :length]
+        return length
+
     def write(self, layer: int, key: Array, value: Array) -> None:
         """Fill one layer's keys and values, each [slots, kv_heads, capacity, head_dim]."""
         for buffer, given in zip(self._buffers[layer], (key, value), strict=True):

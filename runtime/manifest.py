@@ -123,7 +123,11 @@ class Engine(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Record):
-    """`manifest.json`: what the bundle is, where it came from, what was checked, and every file beside it."""
+    """`manifest.json`: what the bundle is, where it came from, what was checked, and every file beside it.
+
+    Attributes:
+        step_bytes: of the weights that any one step reads whole; of the embedding and the rotary tables it reads rows.
+    """
 
     schema: int = SCHEMA
     tool: str
@@ -138,6 +142,7 @@ class Manifest(Record):
     opset: int
     max_length: int
     graph: Graph
+    step_bytes: int | None = None
     passes: tuple[PassRecord, ...] = ()
     lowering: Lowering | None = None
     parity: Parity | None = None

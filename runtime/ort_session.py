@@ -82,6 +82,10 @@ class OrtSession:
             self._run(step.rows(rows), logits[rows])
         return logits.astype(np.float32, copy=False)
 
+    def copy_prefix(self, source: int, target: int, length: int) -> int:
+        """Copy the first tokens of a slot; see `Session.copy_prefix`."""
+        return self.cache.copy_prefix(source, target, length)
+
     def _run(self, step: Step, logits: NDArray[Any]) -> None:
         """Run rows of consecutive slots."""
         feeds = self._contract.feeds(step)

@@ -62,6 +62,11 @@ class RecomputeSession:
         kept = step.wanted() - step.lengths[:, None] + keep
         return np.take_along_axis(logits, kept[:, :, None], 1)
 
+    def copy_prefix(self, source: int, target: int, length: int) -> int:
+        """Copy the first tokens of a row; see `Session.copy_prefix`."""
+        self._tokens[target, :length] = self._tokens[source, :length]
+        return length
+
     def _allocate(self, slots: int, capacity: int) -> None:
         check_allocation(slots, capacity, self.max_capacity, self._path)
         self.slots, self.capacity = slots, capacity

@@ -65,6 +65,19 @@ class Session(Protocol):
         """
         ...
 
+    def copy_prefix(self, source: int, target: int, length: int) -> int:
+        """Let one slot begin with the first tokens of another.
+
+        Args:
+            source: a slot that holds at least `length` tokens.
+            target: another, what it held is lost.
+            length: tokens to copy.
+
+        Returns:
+            How many tokens were copied: none where the cache is out of reach.
+        """
+        ...
+
     def reopen(self, *, slots: int, capacity: int) -> Self:
         """A session on the same loaded weights with a cache of its own, of other dimensions.
 

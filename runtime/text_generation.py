@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict, Unpack
 
 import numpy as np
@@ -10,7 +10,10 @@ import numpy as np
 from runtime.bundle import Bundle
 from runtime.errors import UserError
 from runtime.generate import Generation, GenerationResult, Settings
+from runtime.request import Request
+from runtime.row import Event
 from runtime.sampling import Sampling
+from runtime.scheduler import Scheduler
 from runtime.session import Session, remarks
 from runtime.tokenizer import Message, Tokenizer
 
@@ -28,7 +31,9 @@ class Options(TypedDict, total=False):
         stop: one or more strings that end a row; they are not part of its text.
         ignore_eos: go on after the tokens that end a text.
         max_length: tokens a row may hold, prompt included (default and maximum: the bundle's, or the engine's).
-        prefill_chunk: tokens of a prompt per step (all).
+        prefill_chunk: tokens of a prompt per step (all; where requests join and leave, 256).
+        prompt_lookup: draft tokens from what the row says already, and check several in a step: the same text, sooner
+            where it repeats its prompt; only while a row is alone.
     """
 
     max_new_tokens: int
@@ -43,22 +48,24 @@ class Options(TypedDict, total=False):
     ignore_eos: bool
     max_length: int | None
     prefill_chunk: int | None
+    prompt_lookup: bool
 
 
 class TextGenerator:
     """A bundle on a backend. Each call has a cache of its own; the weights are shared.
 
     `remarks` are what a user should know of it: why this backend, and that it was not checked where it was not.
+    `load_s` are the seconds that loading took, `check_s` those of them that went into proving the bundle here.
     """
 
-    def __init__(self, bundle: Bundle, session: Session, load_s: float) -> None:
+    def __init__(self, bundle: Bundle, session: Session, load_s: float, check_s: float = 0.0) -> None:
         self.bundle = bundle
         self.tokenizer = Tokenizer(bundle)
-        self.backend = session.backend
+        self.backend, self.device = session.backend, session.device
         self.remarks = remarks(bundle, session.choice)
         self.max_length = session.max_capacity
         self._session = session
-        self._load_s = load_s
+        self.load_s, self.check_s = load_s, check_s
 
     def generate(self, prompts: Prompts, **options: Unpack[Options]) -> GenerationResult:
         """Continue the prompts and return their completions.
@@ -75,12 +82,24 @@ class TextGenerator:
 
     def stream(self, prompts: Prompts, **options: Unpack[Options]) -> Generation:
         """Like `generate`, but iterable: one event per new token, with the text it releases."""
-        ids = [self._encode(prompt) for prompt in _as_batch(prompts)]
-        settings = self._settings(options)
+        ids, settings = [self.encode(prompt) for prompt in _as_batch(prompts)], self.settings(options)
         wanted = max(map(len, ids), default=1) + settings.max_new_tokens - 1
         capacity = min(max(wanted, 1), settings.capacity)
         session = self._session.reopen(slots=max(len(ids), 1), capacity=capacity)
-        return Generation(session, self.tokenizer, ids, settings, self._load_s)
+        return Generation(Scheduler(session, self.tokenizer, prefill_first=True), ids, settings, self.load_s)
+
+    def batch(self, *, slots: int = 8, max_length: int | None = None) -> RunningBatch:
+        """A batch that requests join and leave, on a cache of its own.
+
+        Args:
+            slots: requests that run at once; others wait.
+            max_length: tokens of each, prompt included (default and maximum: `max_length`).
+
+        Raises:
+            UserError: more slots or tokens than the backend has, or no memory for them.
+        """
+        session = self._session.reopen(slots=slots, capacity=self.max_length if max_length is None else max_length)
+        return RunningBatch(self, Scheduler(session, self.tokenizer))
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """A conversation as a prompt: token ids up to where the assistant's next turn begins.
@@ -90,15 +109,24 @@ class TextGenerator:
         """
         return self.tokenizer.encode_chat(messages)
 
-    def _encode(self, prompt: Prompt) -> Sequence[int]:
+    def encode(self, prompt: Prompt) -> Sequence[int]:
+        """A prompt's token ids.
+
+        Raises:
+            UserError: an empty text.
+        """
         if not isinstance(prompt, str):
             return prompt
         if not prompt:
             raise UserError("a prompt is empty; give some text")
         return self.tokenizer.encode(prompt)
 
-    def _settings(self, options: Options) -> Settings:
-        """The loop's settings: the caller's options, the checkpoint's defaults, the bundle's limits."""
+    def settings(self, options: Options) -> Settings:
+        """A row's settings: the caller's options, the checkpoint's defaults, the bundle's limits.
+
+        Raises:
+            UserError: an option out of its range.
+        """
         limit = self.max_length
         capacity = options.get("max_length")
         capacity = limit if capacity is None else capacity
@@ -124,7 +152,47 @@ class TextGenerator:
             eos_token_ids=frozenset() if options.get("ignore_eos") else self.bundle.eos_token_ids,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             prefill_chunk=options.get("prefill_chunk"),
+            prompt_lookup=options.get("prompt_lookup", False),
         )
+
+
+class RunningBatch:
+    """Requests of unequal length that join and leave; each answers as it would alone. For one thread.
+
+    A prompt that begins like what a slot holds, of a request that runs or has ended, is computed from there on: a
+    conversation's next turn costs its new tokens only.
+    """
+
+    def __init__(self, model: TextGenerator, scheduler: Scheduler) -> None:
+        self._model, self._scheduler = model, scheduler
+
+    def submit(
+        self, prompt: Prompt, on_event: Callable[[Event], None] | None = None, **options: Unpack[Options]
+    ) -> Request:
+        """Queue a prompt; iterate over the request for its events, which runs all others on too.
+
+        Args:
+            prompt: a text or a list of token ids.
+            on_event: called with each event, instead of keeping it for who iterates.
+            options: see `Options`.
+
+        Raises:
+            UserError: the prompt or an option is none, or does not fit a slot.
+        """
+        return self._scheduler.submit(self._model.encode(prompt), self._model.settings(options), on_event)
+
+    def stream(self, prompts: Prompts, **options: Unpack[Options]) -> Generation:
+        """Like `TextGenerator.stream`, beside the requests that run."""
+        ids = [self._model.encode(prompt) for prompt in _as_batch(prompts)]
+        return Generation(self._scheduler, ids, self._model.settings(options), self._model.load_s)
+
+    def step(self) -> bool:
+        """Run every request a step further; whether there was any."""
+        return self._scheduler.step()
+
+    def run(self) -> None:
+        """Run until every request has ended."""
+        self._scheduler.run()
 
 
 def _as_batch(prompts: Prompts) -> Sequence[Prompt]:

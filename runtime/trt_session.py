@@ -77,6 +77,10 @@ class TrtSession:
             piece.place(part, logits)
         return logits
 
+    def copy_prefix(self, source: int, target: int, length: int) -> int:  # noqa: ARG002 - see below
+        """None: the cache is the engine's memory, in which a slot's tokens lie apart; see `Session.copy_prefix`."""
+        return 0
+
     def _allocate(self, slots: int, capacity: int) -> None:
         record = self._loaded.record
         where = f"{record.path} (built with --max-seq-len {record.max_seq_len})"

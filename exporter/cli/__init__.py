@@ -78,6 +78,7 @@ class _Program(click.Group):
 
 def commands() -> click.Group:
     """The program: every command, in the order of its help."""
+    from exporter.cli.bench import bench
     from exporter.cli.build import build
     from exporter.cli.chat import chat
     from exporter.cli.compare import compare
@@ -94,7 +95,21 @@ def commands() -> click.Group:
     @click.group(
         PROGRAM,
         cls=_Program,
-        commands=(demo, plan, export, verify, build, selftest, generate, chat, predict, inspect, compare, doctor),
+        commands=(
+            demo,
+            plan,
+            export,
+            verify,
+            build,
+            selftest,
+            generate,
+            chat,
+            predict,
+            inspect,
+            bench,
+            compare,
+            doctor,
+        ),
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     @click.version_option(__version__, prog_name=PROGRAM)

@@ -116,6 +116,11 @@ sampling_options = _all(
     click.option("--greedy", is_flag=True, help="Take the most likely token, whatever the bundle's default."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End at this text, which is left out; repeatable."),
     click.option(
+        "--prompt-lookup/--no-prompt-lookup",
+        default=False,
+        help="Draft tokens from what was said already; the same text, sooner where it repeats.  [default: no]",
+    ),
+    click.option(
         "--max-length",
         type=click.IntRange(min=1),
         help="Tokens a row may hold, prompt included.  [default and maximum: the bundle's]",
@@ -146,6 +151,7 @@ def generation_options(flags: dict[str, Any]) -> Options:
         "seed": flags["seed"],
         "stop": flags["stop"],
         "max_length": flags["max_length"],
+        "prompt_lookup": flags["prompt_lookup"],
     }
     return options
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,7 @@ class Conversation:
 
     def __init__(self, model: TextGenerator, opening: list[Message], options: Options) -> None:
         self._model = model
+        self._batch = model.batch(slots=1)  # which still holds the turns before
         self._opening = opening
         self._options = options
         self._turns: list[Message] = []
@@ -89,12 +90,12 @@ class Conversation:
         self._turns.append({"role": "user", "content": text})
         answer = ""
         try:
-            generation = self._model.stream([self._encode()], **self._options)
-            for event in generation:
-                click.echo(event.text, nl=False)
-                answer += event.text
-            click.echo()
-            note(summary(generation.result()))
+            with closing(self._batch.stream([self._encode()], **self._options)) as generation:
+                for event in generation:
+                    click.echo(event.text, nl=False)
+                    answer += event.text
+                click.echo()
+                note(summary(generation.result()))
         except Terminated:
             raise
         except KeyboardInterrupt:

@@ -126,6 +126,12 @@ class EvaluatedSession:
         runs = [self._run(step.rows(rows)) for rows in self._contract.split(step, self.capacity)]
         return np.concatenate(runs)
 
+    def copy_prefix(self, source: int, target: int, length: int) -> int:
+        """Copy the first tokens of a slot; see `Session.copy_prefix`."""
+        for tensor in self.cache.tensors.values():
+            tensor[target, :, :length] = tensor[source, :, :length]
+        return length
+
     def _run(self, step: Step) -> Floats:
         """Run rows of consecutive slots."""
         rows = slice(int(step.slots[0]), int(step.slots[0]) + len(step.slots))

@@ -20,6 +20,7 @@ from runtime.contract import past_names, present_names
 from runtime.golden import Golden, GoldenStep
 from runtime.manifest import Graph, Manifest, Source, TensorSpec
 from runtime.ort_session import OrtSession
+from runtime.tokenizer import Tokenizer
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 64, 2, 4, 2, 32, 128
 MAX_LENGTH = 96
@@ -227,6 +228,11 @@ def bundle_dir(
     golden_of(reference).save(path / "golden.npz")
     write_manifest(path, reference.config.vocab_size)
     return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(bundle_dir: Path) -> Tokenizer:
+    return Tokenizer(Bundle.open(bundle_dir))
 
 
 @pytest.fixture

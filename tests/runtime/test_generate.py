@@ -1,68 +1,25 @@
 """The loop on a fake session, whose next token is a known function of all the tokens of a row."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
+from fake_session import VOCAB, FakeSession, continuation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.bundle import Bundle
 from runtime.errors import UserError
 from runtime.generate import Event, Generation, Settings
 from runtime.sampling import Sampling
+from runtime.scheduler import Scheduler
 from runtime.tokenizer import Tokenizer
-
-VOCAB = 320
-LETTERS = range(3, 97)  # tokens that are one printable character in the toy tokenizer
-
-
-def next_token(tokens: Sequence[int]) -> int:
-    return LETTERS[(sum(tokens) * 31 + len(tokens) * 17) % len(LETTERS)]
-
-
-def continuation(prompt: Sequence[int], count: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens))
-    return tokens[len(prompt) :]
-
-
-class FakeSession:
-    """Keeps each slot's tokens where a cache would be, and refuses what a real session refuses."""
-
-    backend, version, device, vocab_size = "fake", "1", "none", VOCAB
-
-    def __init__(self, slots: int = 4, capacity: int = 64) -> None:
-        self.slots, self.capacity = slots, capacity
-        self.cached = np.full((slots, capacity), -1)
-        self.widths: list[tuple[int, int]] = []
-
-    def reopen(self, *, slots: int, capacity: int) -> Self:
-        return type(self)(slots, capacity)
-
-    def step(self, tokens: Any, lengths: Any, past_lengths: Any, slots: Any = None, keep: int = 1) -> Any:
-        self.widths.append(tokens.shape)
-        logits = np.zeros((len(tokens), keep, VOCAB), np.float32)
-        for row, slot in enumerate(slots):
-            past, new = past_lengths[row], lengths[row]
-            assert new >= 1
-            assert past + new <= self.capacity
-            self.cached[slot, past : past + new] = tokens[row, :new]
-            logits[row, -1, next_token(self.cached[slot, : past + new].tolist())] = 9
-        return logits
-
-
-@pytest.fixture(scope="session")
-def tokenizer(bundle_dir: Path) -> Tokenizer:
-    return Tokenizer(Bundle.open(bundle_dir))
 
 
 def run(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], session: Any = None, **options: Any) -> Generation:
     session = session or FakeSession()
-    return Generation(session, tokenizer, prompts, Settings(**({"capacity": session.capacity} | options)))
+    scheduler = Scheduler(session, tokenizer, prefill_first=True)
+    return Generation(scheduler, prompts, Settings(**({"capacity": session.capacity} | options)))
 
 
 @settings(deadline=None)

@@ -127,3 +127,43 @@ def test_bad_input_is_one_line_that_names_it(
 def test_a_bundle_that_nobody_checked_says_so(bundle_dir: Path, tiny_bundle: Path) -> None:
     assert "exported without the parity gate" in load(bundle_dir).remarks[0]
     assert load(tiny_bundle).remarks == []
+
+
+def test_drafts_change_no_token(model: TextGenerator, reference: transformers.NemotronForCausalLM) -> None:
+    prompt = PROMPTS[1] * 2
+    row = model.generate(prompt, max_new_tokens=30, prompt_lookup=True, ignore_eos=True).sequences[0]
+    assert row.token_ids == oracle(reference, model.tokenizer.encode(prompt), 30, eos_token_id=None)
+
+
+def test_requests_of_a_running_batch_answer_as_transformers_does(
+    model: TextGenerator, reference: transformers.NemotronForCausalLM
+) -> None:
+    batch = model.batch(slots=2, max_length=90)
+    requests = [batch.submit(prompt, max_new_tokens=count) for prompt, count in zip(PROMPTS, (25, 4, 30), strict=True)]
+    next(requests[2])
+    late = batch.submit(PROMPTS[1], max_new_tokens=20)  # begins in a slot that has it already
+    streamed = batch.stream(PROMPTS[0], max_new_tokens=10)
+    batch.run()
+    for prompt, request in zip([*PROMPTS, PROMPTS[1]], [*requests, late], strict=True):
+        said = request.result()
+        expected = oracle(reference, model.tokenizer.encode(prompt), request.row.settings.max_new_tokens)
+        assert said.token_ids == expected
+        assert said.text == model.tokenizer.decode([token for token in expected if token not in (2, 319)])
+    assert [event.row for event in streamed] == [0] * 10
+
+
+def test_a_stream_that_is_closed_leaves_the_batch(model: TextGenerator) -> None:
+    batch = model.batch(slots=1)
+    stream = batch.stream("Mars", max_new_tokens=60, ignore_eos=True)
+    next(stream)
+    stream.close()
+    assert list(stream) == []
+    assert not batch.step()
+    assert len(batch.submit("Our solar", max_new_tokens=3).result().token_ids) == 3
+
+
+def test_a_batch_of_more_tokens_than_the_bundle_has_is_refused(model: TextGenerator) -> None:
+    with pytest.raises(UserError, match="passes the 96"):
+        model.batch(max_length=97)
+    with pytest.raises(UserError, match="do not fit a slot of 20"):
+        model.batch(max_length=20).submit("Mars", max_new_tokens=40, max_length=60)

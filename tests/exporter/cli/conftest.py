@@ -73,6 +73,10 @@ class FakeModel:
         """A token a word, so that tests can read a prompt."""
         return [word for message in messages for word in f"{message['role']}: {message['content']}".split()]
 
+    def batch(self, slots: int) -> FakeModel:
+        """One that is always empty."""
+        return self
+
     def stream(self, prompts: Sequence[Any], **options: Any) -> FakeGeneration:
         self.prompts.append(prompts)
         self.options = options
@@ -95,6 +99,9 @@ class FakeGeneration:
             row, text = piece
             self.texts[row] += text
             yield Event(row, 7, text, "eos" if at == last[row] else None)
+
+    def close(self) -> None:
+        self.pieces = []
 
     def result(self) -> GenerationResult:
         if not any(self.texts):

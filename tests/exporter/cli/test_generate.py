@@ -47,7 +47,8 @@ def test_every_option_arrives(cli, model):
     model.answers = ["x"]
     flags = (
         "--max-new-tokens 8 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --seed 3 "
-        "--stop END --stop STOP --ignore-eos --backend onnxruntime --device cpu --threads 2 --max-length 64"
+        "--stop END --stop STOP --ignore-eos --prompt-lookup --backend onnxruntime --device cpu --threads 2 "
+        "--max-length 64"
     )
     assert cli("generate", "b", "-p", "x", *flags.split()).code == 0
     assert model.options == {
@@ -62,6 +63,7 @@ def test_every_option_arrives(cli, model):
         "stop": ("END", "STOP"),
         "max_length": 64,
         "ignore_eos": True,
+        "prompt_lookup": True,
     }
     placement = {"backend": "onnxruntime", "device": "cpu", "threads": 2}
     assert model.loaded == {"path": Path("b"), "task": "text-generation", **placement}
