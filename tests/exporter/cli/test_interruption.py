@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 
-# Runs the command line, and sends the signal a moment after the stage's own function has begun. What a shell runs in the
-# background, these tests for one, has its children ignore an interruption.
+# Runs the command line, and sends the signal a moment after the stage's own function has begun. What a shell runs in
+# the background, these tests for one, has its children ignore an interruption.
 _INTERRUPTED = """
 import os, signal, sys, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)
