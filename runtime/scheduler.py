@@ -59,8 +59,9 @@ class Scheduler:
         Args:
             session: whose slots are used, all of them.
             tokenizer: of the same bundle.
-            prefill_first: run prompts to their end before any other row goes on. By default a part of a prompt and a
-                step of the rows that are running take turns, so that none of them stands still for long.
+            prefill_first: run prompts to their end before any other row goes on, and keep nothing of rows that have
+                ended. By default a part of a prompt and a step of the rows that are running take turns, so that none
+                of them stands still for long.
         """
         self.session, self._tokenizer = session, tokenizer
         self._prefill_first = prefill_first
@@ -138,9 +139,10 @@ class Scheduler:
         while self._waiting and (free := [slot for slot in self._slots if slot.request is None]):
             request = self._waiting.popleft()
             prompt = request.row.prompt
-            alike = max(free, key=lambda slot: _common(slot.tokens, prompt))
-            slot = alike if _common(alike.tokens, prompt) else min(free, key=self._worth)
-            slot.tokens, slot.request = slot.tokens[: _common(slot.tokens, prompt)], request
+            alike = max(free, key=lambda slot: _reusable(slot.tokens, prompt))
+            goes_on = 2 * _reusable(alike.tokens, prompt) > len(alike.tokens)  # else it is copied from, and stays
+            slot = alike if goes_on else min(free, key=self._worth)
+            slot.tokens, slot.request = slot.tokens[: _reusable(slot.tokens, prompt)], request
             slot.lookup = Lookup(prompt) if request.row.settings.prompt_lookup else None
             slot.pace, slot.used = Pace(), request.row.number + 1
 
@@ -148,8 +150,8 @@ class Scheduler:
         """Copy what another slot has in common with a prompt, where that is more than its own slot has."""
         assert slot.request is not None
         prompt = slot.request.row.prompt
-        best = max(self._slots, key=lambda other: _common(other.tokens, prompt))
-        common = _common(best.tokens, prompt)
+        best = max(self._slots, key=lambda other: _reusable(other.tokens, prompt))
+        common = _reusable(best.tokens, prompt)
         if common > len(slot.tokens):
             copied = self.session.copy_prefix(best.index, slot.index, common)
             slot.tokens = prompt[: max(copied, len(slot.tokens))]
@@ -245,12 +247,20 @@ class Scheduler:
         del slot.tokens[len(slot.tokens) - len(draft) + held :]
         if request.finished and slot.request is request:
             slot.request = None
+            if self._prefill_first:
+                slot.tokens = []  # nobody comes to go on from there: carried along, it should cost no attention
         return held
 
 
 def _newest(slot: _Slot) -> int:
     """The token that a running row sends next; any for others, whose tokens nobody looks at."""
     return slot.request.row.token_ids[-1] if slot.request and slot.decoding else 0
+
+
+def _reusable(tokens: Sequence[int], prompt: Sequence[int]) -> int:
+    """Tokens in common that are worth a step of the prompt's own: not the few that most prompts begin with."""
+    common = _common(tokens, prompt)
+    return common if common > PADDING else 0
 
 
 def _common(tokens: Sequence[int], prompt: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ from runtime.sampling import Sampling
 from runtime.scheduler import PREFILL_CHUNK, Scheduler
 from runtime.tokenizer import Tokenizer
 
-START = [7, 8, 9, 10, 11, 12]  # that many prompts have in common
+START = list(range(7, 47))  # that many prompts have in common, more than is worth a copy
 
 prompts = st.builds(
     lambda common, rest: START[:common] + rest,
@@ -39,7 +39,7 @@ def options(**given: Any) -> Settings:
 def test_each_request_says_what_it_would_alone_whoever_comes_and_goes(
     tokenizer: Tokenizer, requests: list[Any], actions: list[int], slots: int, chunk: int | None
 ) -> None:
-    scheduler = Scheduler(FakeSession(slots, 24), tokenizer)
+    scheduler = Scheduler(FakeSession(slots, 58), tokenizer)
     waiting, running, cancelled = list(requests), [], set()
     for action in actions:
         if action == 0 and running:
@@ -48,7 +48,7 @@ def test_each_request_says_what_it_would_alone_whoever_comes_and_goes(
             cancelled.add(victim.row.number)
         elif action <= 2 and waiting:
             prompt, count, lookup = waiting.pop()
-            given = options(capacity=24, max_new_tokens=count, prompt_lookup=lookup, prefill_chunk=chunk)
+            given = options(capacity=58, max_new_tokens=count, prompt_lookup=lookup, prefill_chunk=chunk)
             running.append((scheduler.submit(prompt, given), prompt, count))
         else:
             scheduler.step()
@@ -59,7 +59,7 @@ def test_each_request_says_what_it_would_alone_whoever_comes_and_goes(
         if request.row.number in cancelled:
             assert said == expected[: len(said)]
         else:
-            assert said == expected[: 24 - len(prompt) + 1]
+            assert said == expected[: 58 - len(prompt) + 1]
             assert request.row.finish_reason == "length"
 
 
@@ -243,3 +243,39 @@ def test_a_seeded_request_does_not_depend_on_who_shares_its_steps(tokenizer: Tok
     beside = scheduler.submit([8, 9], sampled)
     scheduler.submit([6], options(max_new_tokens=2))
     assert beside.result() == alone
+
+
+def test_a_conversation_outlives_a_prompt_that_only_begins_as_all_do(tokenizer: Tokenizer) -> None:
+    session = FakeSession(slots=2, capacity=200)
+    scheduler = Scheduler(session, tokenizer)
+    turn = list(range(1, 101))
+    scheduler.submit(turn, options(capacity=200, max_new_tokens=1)).result()
+    scheduler.submit([*turn[:40], *range(200, 220)], options(capacity=200, max_new_tokens=1)).result()
+    fed = session.fed
+    scheduler.submit([*turn, 150], options(capacity=200, max_new_tokens=1)).result()
+    assert session.fed == fed + 1
+
+
+def test_short_prompts_still_share_a_step_when_slots_hold_their_first_token(tokenizer: Tokenizer) -> None:
+    session = FakeSession()
+    scheduler = Scheduler(session, tokenizer)
+    scheduler.submit([1, 5, 6], options(max_new_tokens=1)).result()
+    for prompt in ([1, 7, 8], [1, 9]):
+        scheduler.submit(prompt, options(max_new_tokens=1))
+    scheduler.run()
+    assert session.widths == [(1, 3), (2, 3)]
+
+
+def test_an_ended_row_of_a_static_batch_costs_no_attention(tokenizer: Tokenizer) -> None:
+    pasts: list[list[int]] = []
+
+    class Watched(FakeSession):
+        def step(self, tokens: Any, lengths: Any, past_lengths: Any, *args: Any, **kwargs: Any) -> Any:
+            pasts.append(past_lengths.tolist())
+            return super().step(tokens, lengths, past_lengths, *args, **kwargs)
+
+    scheduler = Scheduler(Watched(), tokenizer, prefill_first=True)
+    for first, count in ((5, 4), (6, 2), (7, 4)):
+        scheduler.submit([first, 8, 9], options(max_new_tokens=count))
+    scheduler.run()
+    assert pasts == [[0, 0, 0], [3, 3, 3], [4, 0, 4], [5, 0, 5]]
