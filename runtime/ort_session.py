@@ -6,6 +6,7 @@ Both targets' graphs run here; that of target `tensorrt` as the fallback where t
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from onnxruntime import IOBinding
 
 __all__ = ["OrtSession", "import_onnxruntime"]
+
+# Columns that run at once on a CPU: 64 to 2048 take the same time a token, and what operators hold grows with them.
+PREFILL_WIDTH = 256
 
 
 class OrtSession:
@@ -77,21 +81,34 @@ class OrtSession:
         """Append tokens and return logits, float32 [batch, keep, vocab]; see `Session.step`."""
         limits = Limits(self.slots, self.capacity, self.vocab_size, self.max_capacity)
         step = limits.checked(tokens, lengths, past_lengths, slots, keep)
-        logits = np.empty((len(step.tokens), keep, self.vocab_size), self._logits_dtype)
-        for rows in self._contract.split(step, self.capacity):
-            self._run(step.rows(rows), logits[rows])
+        logits = self._empty_logits(step)
+        if self._placement == "cpu" and step.tokens.shape[1] > PREFILL_WIDTH:
+            for piece in step.pieces(PREFILL_WIDTH, PREFILL_WIDTH):
+                part = self._empty_logits(piece.step)
+                self._run(piece.step, part)
+                piece.place(part, logits)
+        else:
+            self._run(step, logits)
         return logits.astype(np.float32, copy=False)
 
     def copy_prefix(self, source: int, target: int, length: int) -> int:
         """Copy the first tokens of a slot; see `Session.copy_prefix`."""
         return self.cache.copy_prefix(source, target, length)
 
+    def _empty_logits(self, step: Step) -> NDArray[Any]:
+        return np.empty((len(step.tokens), step.keep, self.vocab_size), self._logits_dtype)
+
     def _run(self, step: Step, logits: NDArray[Any]) -> None:
+        """Run rows of any slots, as many at once as the graph takes."""
+        for rows in self._contract.split(step, self.capacity):
+            self._run_neighbours(step.rows(rows), logits[rows])
+
+    def _run_neighbours(self, step: Step, logits: NDArray[Any]) -> None:
         """Run rows of consecutive slots."""
-        feeds = self._contract.feeds(step)
-        binding = self._binding(int(step.slots[0]), len(step.tokens))
-        for name, array in feeds.items():
-            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        bound = self._bound(int(step.slots[0]), len(step.tokens))
+        for name, array in self._contract.feeds(step).items():
+            bound.feed(name, array)
+        binding = bound.binding
         if isinstance(self._kept, str) or self._kept == step.keep:
             binding.bind_output(LOGITS, "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
             self._execute(binding)
@@ -105,7 +122,7 @@ class OrtSession:
         with self._loaded.running("a step"):
             self._loaded.model.run_with_iobinding(binding)
 
-    def _binding(self, first_slot: int, batch: int) -> IOBinding:
+    def _bound(self, first_slot: int, batch: int) -> _Bound:
         """The binding of past and present to `batch` cache rows from `first_slot` on; made once."""
         if (first_slot, batch) not in self._bindings:
             binding = self._loaded.model.io_binding()
@@ -118,11 +135,28 @@ class OrtSession:
                     place = (self._placement, 0, self.cache.dtype.type, shape, address)
                     binding.bind_input(past, *place)
                     binding.bind_output(present, *place)
-            self._bindings[first_slot, batch] = binding
+            self._bindings[first_slot, batch] = _Bound(binding, {})
         return self._bindings[first_slot, batch]
 
     def _allocate(self, slots: int, capacity: int) -> None:
         check_allocation(slots, capacity, self.max_capacity, self._bundle.path)
         self.slots, self.capacity = slots, capacity
         self.cache = KVCache(self._bundle.cache_geometry, slots, capacity, self._placement)
-        self._bindings: dict[tuple[int, int], IOBinding] = {}
+        self._bindings: dict[tuple[int, int], _Bound] = {}
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A binding, and the arrays that its inputs but for the cache are read from, by the inputs' names."""
+
+    binding: IOBinding
+    inputs: dict[str, NDArray[Any]]
+
+    def feed(self, name: str, array: NDArray[Any]) -> None:
+        """Give an input its content: in place where the last step's had the same shape."""
+        held = self.inputs.get(name)
+        if held is not None and held.shape == array.shape:
+            held[...] = array
+            return
+        own = self.inputs[name] = array.copy()  # the next step writes into it, and this one may be the caller's
+        self.binding.bind_input(name, "cpu", 0, own.dtype.type, own.shape, own.ctypes.data)

@@ -16,6 +16,9 @@ from runtime.errors import CheckFailed, UserError
 from runtime.session import Floats, Ints
 
 COLDEST = 1e-5
+_GROUPS = 8  # for each score that is looked for: then hardly two of them share one
+_BLOCK = 512
+_NUCLEI = (512, 8192)  # how many tokens are tried for the mass of top-p before all are
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,7 @@ class Sampler:
         if self._sampling.temperature < COLDEST:
             return int(scores.argmax())
         tokens, scores = candidates(scores, self._sampling)
-        mass = np.cumsum(_softmax(scores), dtype=np.float64)
-        return int(tokens[np.searchsorted(mass, self._random.random() * mass[-1], side="right")])
+        return int(tokens[_drawn(_powers(scores), self._random.random())])
 
 
 def penalise(logits: Floats, seen: Ints, penalty: float) -> Floats:
@@ -133,26 +135,77 @@ def penalise(logits: Floats, seen: Ints, penalty: float) -> Floats:
 def candidates(logits: Floats, sampling: Sampling) -> tuple[Ints, Floats]:
     """The tokens that may be drawn, with float32 scores: over temperature, cut by top-k, top-p, min-p."""
     scores = logits / np.float32(sampling.temperature)
-    tokens = np.arange(len(scores))
-    if 0 < sampling.top_k < len(scores):
-        kept = scores >= np.partition(scores, -sampling.top_k)[-sampling.top_k]
-        tokens, scores = tokens[kept], scores[kept]
-    if sampling.top_p < 1:
-        order = np.argsort(scores, kind="stable")
-        kept = np.cumsum(_softmax(scores[order])) > 1 - sampling.top_p
-        kept[-1] = True
-        tokens, scores = tokens[order[kept]], scores[order[kept]]
-    if sampling.min_p > 0:
-        probabilities = _softmax(scores)
-        kept = probabilities >= sampling.min_p * probabilities.max()
-        tokens, scores = tokens[kept], scores[kept]
-    return tokens, scores
+    tokens: Ints | None = None
+    for keeps, cut, none in ((_top_k, sampling.top_k, 0), (_top_p, sampling.top_p, 1), (_min_p, sampling.min_p, 0)):
+        if cut != none:
+            kept = keeps(scores, cut)
+            tokens, scores = kept if tokens is None else tokens[kept], scores[kept]
+    return np.arange(len(scores)) if tokens is None else tokens, scores
 
 
-def _softmax(scores: Floats) -> Floats:
+def _top_k(scores: Floats, count: float) -> Ints:
+    """Places of the `count` largest scores, and of what ties with the least of them, in order."""
+    near = _leading(scores, min(int(count), len(scores)))
+    among = scores[near]
+    least = max(len(among) - int(count), 0)
+    places: Ints = near[among >= np.partition(among, least)[least]]
+    return places
+
+
+def _top_p(scores: Floats, mass: float) -> Ints:
+    """Places of the largest scores whose probabilities reach `mass`, in order; of equal ones the last are taken first.
+
+    transformers sorts all of them; what is sorted here are the largest few, unless more hold that mass.
+    """
+    powers = _powers(scores)
+    total = powers.sum(dtype=np.float64)
+    for count in (*_NUCLEI, len(scores)):
+        near = _leading(scores, count)
+        among = powers[near].sum(dtype=np.float64)
+        if among >= mass * total or len(near) == len(scores):
+            break
+    ordered = np.sort(scores[near])
+    below = total - among + np.cumsum(_powers(ordered).astype(np.float64))  # what each and all below it hold
+    first = min(int(np.searchsorted(below, (1 - mass) * total, side="right")), len(ordered) - 1)
+    kept = near[scores[near] >= ordered[first]]
+    tied = np.flatnonzero(scores[kept] == ordered[first])
+    return np.delete(kept, tied[: len(kept) - (len(ordered) - first)])
+
+
+def _min_p(scores: Floats, fraction: float) -> Ints:
+    """Places of what is at least this fraction as likely as the most likely, in order."""
+    return np.flatnonzero(_powers(scores) >= np.float32(fraction))
+
+
+def _leading(scores: Floats, count: int) -> Ints:
+    """Places, in order, of at least the `count` largest scores, and, unless there are few scores, of not many more.
+
+    Of many groups the `count`th largest maximum is reached by `count` scores or more: one pass in place of a sort.
+    """
+    groups = _GROUPS * count
+    if groups > len(scores) // 2:
+        return np.arange(len(scores))
+    whole = len(scores) // groups * groups
+    maxima = scores[:whole].reshape(-1, groups).max(axis=0)
+    return np.flatnonzero(scores >= np.partition(maxima, -count)[-count])
+
+
+def _drawn(powers: Floats, share: float) -> int:
+    """The place at which this share, below 1, of all mass is passed; looked for in blocks, then within one."""
+    starts = np.arange(0, len(powers), _BLOCK)
+    masses = np.cumsum(np.add.reduceat(powers, starts, dtype=np.float64))
+    wanted = min(share * masses[-1], np.nextafter(masses[-1], 0))
+    block = int(np.searchsorted(masses, wanted, side="right"))
+    ahead = masses[block - 1] if block else 0.0
+    within = ahead + np.cumsum(powers[starts[block] : starts[block] + _BLOCK], dtype=np.float64)
+    within[-1] = masses[block]  # the sum in another order may fall short of it
+    return int(starts[block] + np.searchsorted(within, wanted, side="right"))
+
+
+def _powers(scores: Floats) -> Floats:
+    """Probabilities over the largest of them."""
     powers: Floats = np.exp(scores - scores.max())
-    total: np.float32 = powers.sum()
-    return powers / total
+    return powers
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:

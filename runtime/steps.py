@@ -184,26 +184,30 @@ class Limits:
         shapes = [a.shape for a in (tokens, lengths, past, slots)]
         if tokens.ndim != 2 or tokens.size == 0 or any(shape != tokens.shape[:1] for shape in shapes[1:]):
             raise UserError(f"a step takes tokens [batch, sequence] and three arrays [batch], not {shapes}")
+        width = tokens.shape[1]
+        new, cached, places = lengths.tolist(), past.tolist(), slots.tolist()  # a few numbers: arrays take ten times
         if keep < 1:
             raise UserError(f"keep should be at least 1, not {keep}")
-        if (lengths < 1).any() or (lengths > tokens.shape[1]).any():
-            raise UserError(f"lengths {lengths.tolist()} should be within 1..{tokens.shape[1]}")
-        if (slots < 0).any() or (slots >= self.slots).any() or len(np.unique(slots)) != len(slots):
-            raise UserError(f"slots {slots.tolist()} should be distinct and within 0..{self.slots - 1}")
-        if (past < 0).any():
-            raise UserError(f"past lengths {past.tolist()} should not be negative")
-        for row in np.flatnonzero(past + lengths > self.capacity):
-            raise UserError(
-                f"row {row}: {past[row]} cached and {lengths[row]} new tokens pass the capacity of "
-                f"{self.capacity}; send fewer, or open the session with up to {self.max_length}"
-            )
-        real = np.arange(tokens.shape[1]) < lengths[:, None]
-        for row, column in np.argwhere(real & ((tokens < 0) | (tokens >= self.vocab_size))):
+        if min(new) < 1 or max(new) > width:
+            raise UserError(f"lengths {new} should be within 1..{width}")
+        if min(places) < 0 or max(places) >= self.slots or len(set(places)) != len(places):
+            raise UserError(f"slots {places} should be distinct and within 0..{self.slots - 1}")
+        if min(cached) < 0:
+            raise UserError(f"past lengths {cached} should not be negative")
+        for row, (before, more) in enumerate(zip(cached, new, strict=True)):
+            if before + more > self.capacity:
+                raise UserError(
+                    f"row {row}: {before} cached and {more} new tokens pass the capacity of "
+                    f"{self.capacity}; send fewer, or open the session with up to {self.max_length}"
+                )
+        tokens = np.where(np.arange(width) < lengths[:, None], tokens, 0)
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            row, column = np.argwhere((tokens < 0) | (tokens >= self.vocab_size))[0]
             raise UserError(
                 f"row {row}: token id {tokens[row, column]} is outside the vocabulary of {self.vocab_size}; "
                 "use ids of this bundle's tokenizer"
             )
-        return Step(np.where(real, tokens, 0), lengths, past, slots, keep)
+        return Step(tokens, lengths, past, slots, keep)
 
 
 def check_allocation(

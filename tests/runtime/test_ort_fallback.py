@@ -74,6 +74,14 @@ def test_prefill_chunk_and_decode_of_unequal_rows_are_those_of_transformers(sess
         assert_logits(logits, reference, rows)
 
 
+def test_a_step_leaves_the_arrays_of_the_step_before_it_alone(session):
+    """A caller may keep what it counts cached tokens with."""
+    past = np.zeros(1, np.int64)
+    session.step(np.array([[5]]), np.ones(1, np.int64), past)
+    session.step(np.array([[6]]), np.ones(1, np.int64), np.ones(1, np.int64))
+    assert past.tolist() == [0]
+
+
 def test_padding_never_passes_the_capacity_and_never_overwrites_what_is_cached(session, reference):
     rows = rows_of(CAPACITY - 2, 3)
     feed(session, rows, [0, 0])

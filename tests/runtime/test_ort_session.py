@@ -65,6 +65,20 @@ def test_chunks_of_a_batch_with_a_past_are_those_of_transformers(session: OrtSes
     assert_logits(logits, reference, [np.append(a, b) for a, b in zip(first, second, strict=True)])
 
 
+@pytest.mark.parametrize("keep", [1, 6])
+def test_long_prompts_run_in_parts_and_their_logits_are_those_of_transformers(
+    session: OrtSession, reference: Reference, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    """In one part, what the operators of a layer hold would grow with the prompt, and never be given back."""
+    monkeypatch.setattr("runtime.ort_session.PREFILL_WIDTH", 4)
+    rows = tokens_of(11, 2, 8)
+    logits = feed(session, rows, [0, 0, 0], keep=keep)
+    for row, ids in enumerate(rows):
+        wanted = expected(reference, ids, keep)
+        np.testing.assert_allclose(logits[row, -len(wanted) :], wanted, atol=1e-4)
+    assert max(bound.inputs["input_ids"].shape[1] for bound in session._bindings.values()) == 4
+
+
 def test_slots_may_be_used_in_any_order_and_the_others_are_left_alone(
     session: OrtSession, reference: Reference
 ) -> None:

@@ -68,6 +68,22 @@ def test_scores_are_those_of_transformers(
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
+@pytest.mark.parametrize("cuts", [{"top_k": 50, "top_p": 0.9}, {"top_k": 9000}, {"top_p": 0.9}, {"top_p": 0.3}])
+@pytest.mark.parametrize("shape", ["peaked", "spread", "flat", "tied"])
+def test_a_large_vocabulary_is_cut_as_by_transformers(shape: str, cuts: dict[str, Any]) -> None:
+    """What is sorted there is a part: how large it must be depends on the logits. Which ties go is torch's affair."""
+    random = np.random.default_rng(0)
+    logits = {
+        "peaked": np.where(random.random(30_000) < 1e-3, 20, 0) + random.normal(0, 2, 30_000),
+        "spread": random.normal(0, 3, 30_000),
+        "flat": random.normal(0, 1e-2, 30_000),
+        "tied": random.integers(0, 9, 30_000),
+    }[shape].astype(np.float32)
+    sampling = Sampling(temperature=0.7, **{"top_k": 0, **cuts})
+    ours, theirs = our_scores(logits, [0], sampling), transformers_scores(logits, [0], sampling)
+    np.testing.assert_allclose(np.sort(ours), np.sort(theirs), rtol=1e-6)
+
+
 def test_tokens_that_tie_with_the_last_of_top_k_stay_as_in_transformers() -> None:
     logits = np.array([1, 3, 2, 2, 0], np.float32)
     sampling = Sampling(temperature=1.0, top_k=2)
@@ -79,6 +95,14 @@ def test_draws_follow_the_probabilities() -> None:
     sampler = Sampler(Sampling(temperature=1.0, seed=7), [0])
     counts = np.bincount([sampler.choose(logits) for _ in range(20_000)], minlength=4) / 20_000
     np.testing.assert_allclose(counts, [0.5, 0.3, 0.15, 0.05], atol=0.015)
+
+
+def test_draws_from_a_large_vocabulary_follow_the_probabilities() -> None:
+    logits = np.repeat(np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32)), 700)
+    sampler = Sampler(Sampling(temperature=1.0, seed=7), [0])
+    drawn = np.array([sampler.choose(logits) for _ in range(20_000)])
+    np.testing.assert_allclose(np.bincount(drawn // 700, minlength=4) / 20_000, [0.5, 0.3, 0.15, 0.05], atol=0.015)
+    assert len(np.unique(drawn % 700)) == 700
 
 
 def test_temperature_zero_takes_the_most_likely_token_after_the_penalty() -> None:
