@@ -63,7 +63,9 @@ class Genai:
     def prompt(self, state: str, prompts: NDArray[np.int32], capacity: int) -> list[int]:
         """A new generator; a text as long as it may be has no end before."""
         params = self._genai.GeneratorParams(self._model)
-        params.set_search_options(do_sample=False, batch_size=len(prompts), min_length=capacity, max_length=capacity)
+        params.set_search_options(
+            do_sample=False, batch_size=len(prompts), min_length=capacity + 1, max_length=capacity + 1
+        )
         self._generators[state] = self._genai.Generator(self._model, params)
         self._generators[state].append_tokens(prompts)
         return self.step(state)

@@ -58,8 +58,8 @@ class Ours:
     def prompt(self, state: str, prompts: NDArray[np.int32], capacity: int) -> list[int]:
         """Begin a generation as long as the capacity allows."""
         rows, length = prompts.shape
-        room = capacity - length
-        events = self._model.stream(list(prompts.tolist()), greedy=True, ignore_eos=True, max_new_tokens=room)
+        most = capacity - length + 1  # the last is not written
+        events = self._model.stream(list(prompts.tolist()), greedy=True, ignore_eos=True, max_new_tokens=most)
         self._states[state] = events, rows
         return self.step(state)
 

@@ -3,9 +3,9 @@
     prompt STATE FILE ROWS LENGTH CAPACITY    a new STATE of that many prompts; answers their first new tokens
     decode STATE STEPS                        goes on with it; answers each step's tokens
 
-FILE holds int32 token ids, ROWS × LENGTH of them or more; CAPACITY is how many tokens a row will hold at most. Tokens
-are the likeliest ones, whichever end a text. The first line, unasked, says that the model is loaded. This file and its
-neighbours that import it run in the environments of others: it needs numpy alone.
+FILE holds int32 token ids, ROWS × LENGTH of them or more; CAPACITY is how many tokens of a row will be written, prompt
+and steps. Tokens are the likeliest ones, whichever end a text. The first line, unasked, says that the model is loaded.
+This file and its neighbours that import it run in the environments of others: it needs numpy alone.
 """
 
 from __future__ import annotations

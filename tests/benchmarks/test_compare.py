@@ -84,7 +84,8 @@ def test_a_figure_of_something_that_did_not_run_is_neither_met_nor_missed() -> N
 
 @pytest.mark.parametrize("preset", reach.FIGURES)
 def test_every_figure_is_of_contenders_that_the_comparison_has(preset: str) -> None:
-    from benchmarks.compare import FAR_ON, IN_BATCH, PEERS
+    from benchmarks.compare import PEERS
+    from benchmarks.compare_rounds import FAR_ON, IN_BATCH
 
     known = {f"{peer} {name}" for peer, names in PEERS[preset].items() for name in names}
     for figure in reach.FIGURES[preset]:

@@ -14,6 +14,10 @@ ROOT = Path(__file__).parents[2]
 PLACE = ROOT / ".venvs"
 
 
+class Failed(AssertionError):
+    """A command failed; with what it said."""
+
+
 def environment(
     name: str,
     requirements: Sequence[str],
@@ -42,7 +46,8 @@ def run(command: Sequence[str | Path], **options: object) -> str:
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, cwd="/", check=False, env=env, **options
     )
-    assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    if done.returncode:
+        raise Failed(f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done.stdout
 
 
