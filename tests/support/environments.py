@@ -14,14 +14,23 @@ ROOT = Path(__file__).parents[2]
 PLACE = ROOT / ".venvs"
 
 
-def environment(name: str, requirements: Sequence[str], constraints: Path | None = ROOT / "constraints.txt") -> Path:
-    """The directory of executables of a virtual environment that has these requirements and nothing of ours.
+class Failed(AssertionError):
+    """A command failed; with what it said."""
+
+
+def environment(
+    name: str,
+    requirements: Sequence[str],
+    constraints: Path | None = ROOT / "constraints.txt",
+    place: Path = PLACE,
+) -> Path:
+    """The directory of executables of a virtual environment in `place` that has these requirements, none of ours.
 
     Versions are those of `constraints`, of PyPI's newest where there are none. A requirement that is a path is
     installed without looking at its name alone: its content counts for the cache.
     """
     key = hashlib.sha256("\n".join([sys.version, *map(_content, requirements)]).encode()).hexdigest()[:12]
-    directory = PLACE / f"{name}-{key}"
+    directory = place / f"{name}-{key}"
     if not (directory / "complete").is_file():
         shutil.rmtree(directory, ignore_errors=True)
         run([sys.executable, "-m", "venv", directory])
@@ -37,7 +46,8 @@ def run(command: Sequence[str | Path], **options: object) -> str:
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, cwd="/", check=False, env=env, **options
     )
-    assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    if done.returncode:
+        raise Failed(f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done.stdout
 
 

@@ -1,0 +1,226 @@
+"""The comparison with peers: its ratios, its table and the protocol that contenders speak, on numbers made up here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from benchmarks import compare_report, reach
+from benchmarks.bandwidth import roofline
+from benchmarks.contenders.base import Contender, Running, made
+from benchmarks.contenders.onnx_bytes import step_bytes
+from benchmarks.reach import Figure, judge, leading, worse_quartile
+
+ROOT = Path(__file__).parents[2]
+# Its tokens are those of the prompt and how many were asked for.
+COUNTING = """
+import sys
+from benchmarks.contenders.serve import serve
+
+class Counting:
+    def __init__(self):
+        print("a library says hello")
+        self.states = {}
+    def prompt(self, state, prompts, capacity):
+        self.states[state] = prompts.sum(1) + capacity
+        return self.states[state].tolist()
+    def step(self, state):
+        self.states[state] = self.states[state] + 1
+        return self.states[state].tolist()
+
+serve(Counting)
+"""
+
+
+def contender(*command: str) -> Contender:
+    return Contender("peer", "int4", command, 1_000, 10, 2_000, {"peer": "1.0"})
+
+
+def test_the_quartile_that_counts_is_the_one_that_is_worse_for_us() -> None:
+    ratios = [1.0, 1.1, 1.2, 1.3, 9.0]
+    assert worse_quartile(ratios, more_is_better=True) == pytest.approx(1.1)
+    assert worse_quartile(ratios, more_is_better=False) == pytest.approx(1.3)
+
+
+def test_ratios_are_of_one_round_and_not_of_medians() -> None:
+    figure = Figure("decode", ("us int4",), "them Q4_0", 1.5)
+    samples = {"us int4": {"decode": [10.0, 20.0, 40.0]}, "them Q4_0": {"decode": [5.0, 40.0, 10.0]}}
+    verdict = judge(figure, samples)
+    assert verdict.ratios == [2.0, 0.5, 4.0]
+    assert verdict.value == pytest.approx(1.25)
+    assert verdict.met is False
+    assert judge(Figure("decode", ("us int4",), "them Q4_0", 1.25), samples).met is True
+
+
+def test_seconds_are_to_be_few_and_the_better_of_two_bundles_counts_in_each_round() -> None:
+    figure = Figure("first_token", ("us int4", "us int8"), "them", 1.1)
+    samples = {
+        "us int4": {"first_token": [3.0, 1.0]},
+        "us int8": {"first_token": [2.0, 2.0]},
+        "them": {"first_token": [2.0, 1.0]},
+    }
+    assert judge(figure, samples) == (figure, [1.0, 1.0], 1.0)
+    assert judge(figure, samples | {"us int8": {}}).ratios == [1.5, 1.0]
+    assert judge(figure, samples | {"us int8": {}}).met is False
+
+
+def test_a_number_is_compared_with_its_own_limit_or_another_of_its_contender() -> None:
+    samples = {"us": {"resident": [310e6], "disk": [300e6]}}
+    assert judge(Figure("resident", ("us",), None, 300e6), samples).met is False
+    assert judge(Figure("resident", ("us",), "us", 1.15, "disk"), samples).met is True
+
+
+def test_a_figure_of_something_that_did_not_run_is_neither_met_nor_missed() -> None:
+    verdict = judge(Figure("decode", ("us",), "them", 1.0), {"us": {"decode": [1.0]}})
+    assert (verdict.value, verdict.met) == (None, None)
+
+
+@pytest.mark.parametrize("preset", reach.FIGURES)
+def test_every_figure_is_of_contenders_that_the_comparison_has(preset: str) -> None:
+    from benchmarks.compare import PEERS
+    from benchmarks.compare_rounds import FAR_ON, IN_BATCH
+
+    known = {f"{peer} {name}" for peer, names in PEERS[preset].items() for name in names}
+    for figure in reach.FIGURES[preset]:
+        contenders = {*figure.ours, *filter(None, [figure.theirs])}
+        assert contenders <= known
+        assert figure.measure != "batch" or {name.rpartition(" ")[2] for name in contenders} <= IN_BATCH
+        assert figure.measure != "long" or contenders <= FAR_ON
+
+
+def test_agreement_is_the_share_of_tokens_before_the_first_that_differs() -> None:
+    assert leading([1, 2, 3, 4], [1, 2, 9, 4]) == 0.5
+    assert leading([1, 2], [1, 2]) == 1.0
+    assert leading([7, 2], [1, 2]) == 0.0
+    with pytest.raises(ValueError, match="longer"):
+        leading([1], [1, 2])
+
+
+def test_the_roofline_reads_weights_once_for_all_rows_and_each_rows_cache() -> None:
+    one = contender()
+    assert one.step_bytes(rows=1, context=100) == 2_000
+    assert one.step_bytes(rows=8, context=100) == 9_000
+    assert roofline(18_000.0, one.step_bytes(8, 100), rows=8) == 16.0
+
+
+def test_an_embedding_and_rotary_tables_count_a_row_and_a_shared_matrix_once(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        return helper.make_tensor(name, TensorProto.FLOAT, shape, np.zeros(shape, np.float32).tobytes(), raw=True)
+
+    attention = ["h", "", "", "k", "v", "n", "t", "cos", "sin"]
+    nodes = [
+        helper.make_node("Gather", ["embedding", "ids"], ["h"]),
+        helper.make_node("MatMul", ["h", "matrix"], ["a"]),
+        helper.make_node("MatMul", ["a", "matrix"], ["b"]),
+        helper.make_node("GroupQueryAttention", attention, ["c"], domain="com.microsoft"),
+    ]
+    weights = [weight("embedding", 50, 8), weight("matrix", 8, 8), weight("cos", 100, 4), weight("sin", 100, 4)]
+    graph = helper.make_graph(nodes, "g", [], [], initializer=weights)
+    onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
+    assert step_bytes(tmp_path / "model.onnx") == 4 * (8 + 8 * 8 + 4 + 4)
+
+
+def test_a_contender_answers_in_its_own_process_whatever_libraries_print_and_is_stopped_between(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.bin"
+    np.arange(6, dtype=np.int32).tofile(prompts)
+    running = Running(contender(sys.executable, "-c", COUNTING), tmp_path / "log")
+    try:
+        assert _state(running) == "T"
+        with running.awake():
+            assert running.prompt("a", prompts, 2, 3, 100)[1] == [103, 112]
+            assert running.prompt("b", prompts, 1, 2, 0)[1] == [1]
+            seconds, tokens = running.decode("a", 2)
+        assert tokens == [[104, 113], [105, 114]]
+        assert 0 < seconds < 1
+        assert _state(running) == "T"
+        assert 0 < running.memory()["resident"] <= running.memory()["peak"]
+    finally:
+        running.close()
+    assert "a library says hello" in (tmp_path / "log").read_text()
+
+
+def test_a_contender_that_does_not_load_is_named_with_what_it_said(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"(?s)peer int4 has ended:.*no such model"):
+        Running(contender(sys.executable, "-c", "raise SystemExit('no such model')"), tmp_path / "log")
+
+
+def test_what_was_cut_off_is_made_anew(tmp_path: Path) -> None:
+    def cut_off(path: Path) -> None:
+        path.write_text("half")
+        raise SystemExit(1)
+
+    with pytest.raises(SystemExit):
+        made(tmp_path / "model", cut_off)
+    assert not (tmp_path / "model").exists()
+    assert made(tmp_path / "model", lambda path: path.write_text("whole")).read_text() == "whole"
+    assert made(tmp_path / "model", cut_off).read_text() == "whole"
+
+
+def report() -> dict[str, Any]:
+    numbers = {
+        "decode": [90.0, 110.0, 100.0],
+        "first_token": [0.5, 0.5, 0.5],
+        "step_bytes": [1e8],
+        "resident": [2e8],
+        "peak": [3e8],
+        "start": [1.5],
+    }
+    row = compare_report.row_of(numbers, 2e10, {"decode": (1, 10**8), "batch": (8, 10**9)})
+    verdict = judge(Figure("decode", ("us int4",), "them Q4_0", 1.0), {"us int4": numbers, "them Q4_0": numbers})
+    missing = judge(Figure("decode", ("us int4",), "other int4", 1.0), {"us int4": numbers})
+    return {
+        "preset": "242m",
+        "rounds": 3,
+        "machine": {"cpu": "a cpu", "cores": 2, "read_gb_s": 20.0},
+        "not_run": {"openvino": "no converter"},
+        "contenders": {"us int4": row | {"agreement": 0.75}, "them Q4_0": row | {"agreement": None}},
+        "figures": [verdict.to_json(), missing.to_json()],
+    }
+
+
+def test_the_table_has_shares_of_the_roofline_figures_and_what_did_not_run() -> None:
+    lines = compare_report.table(report()).splitlines()
+    assert lines[2].split() == ["us", "int4", "100.0", "50%", "0.50", "–", "–", "100", "200", "300", "1.5", "75%"]
+    assert lines[3].split()[-1] == "–"
+    assert "openvino: not run: no converter" in lines
+    assert lines[-2:] == [
+        "met           decode us int4 ≥ 1 × them Q4_0: 1.00",
+        "not measured  decode us int4 ≥ 1 × other int4",
+    ]
+    json.dumps(report())
+
+
+def test_the_picture_names_peers_and_draws_the_roofline(tmp_path: Path) -> None:
+    compare_report.draw(report(), tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert all(text in drawn for text in ("us", "them", "Q4_0", "reading at 20.0 GB/s"))
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_set_up(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.compare",
+        "--plot",
+        tmp_path / "plot.txt",
+        "--directory",
+        tmp_path / "d",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "give a file that ends in .svg or .png" in done.stderr
+    assert not (tmp_path / "d").exists()
+
+
+def _state(running: Running) -> str:
+    stat = Path(f"/proc/{running._process.pid}/stat").read_text()
+    return stat.rpartition(")")[2].split()[0]
