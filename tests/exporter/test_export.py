@@ -44,7 +44,7 @@ def test_the_manifest_has_the_fields_that_other_programs_read(tiny_bundle: Path)
     manifest = json.loads((tiny_bundle / "manifest.json").read_text())
     assert list(manifest) == [
         *("schema", "tool", "created", "source", "task", "target", "precision", "opset", "max_length", "graph"),
-        *("passes", "lowering", "parity", "engines", "files"),  # and quality, where it was measured
+        *("step_bytes", "passes", "lowering", "parity", "engines", "files"),  # and quality, where it was measured
     ]
     assert manifest["schema"] == 1
     assert re.fullmatch(r"nemotron-export \d+\.\d+\.\d+", manifest["tool"])
