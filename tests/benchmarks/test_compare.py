@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks import compare_report, reach
+from benchmarks import compare, compare_report, compare_rounds, reach
 from benchmarks.bandwidth import roofline
 from benchmarks.contenders.base import Contender, Running, made
 from benchmarks.contenders.onnx_bytes import step_bytes
@@ -39,8 +39,8 @@ serve(Counting)
 """
 
 
-def contender(*command: str) -> Contender:
-    return Contender("peer", "int4", command, 1_000, 10, 2_000, {"peer": "1.0"})
+def contender(*command: str, peer: str = "peer", precision: str = "int4") -> Contender:
+    return Contender(peer, precision, command, 1_000, 10, 2_000, {"peer": "1.0"})
 
 
 def test_the_quartile_that_counts_is_the_one_that_is_worse_for_us() -> None:
@@ -219,6 +219,51 @@ def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_set_up(tmp_pa
     assert done.returncode == 2
     assert "give a file that ends in .svg or .png" in done.stderr
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(("bound", "code"), [(1e-9, 0), (1e9, 1)])
+def test_a_missed_figure_is_exit_code_1_and_everything_is_in_the_json(
+    bound: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = (("nemotron-export", "int4"), ("llama.cpp", "Q4_0"), ("transformers", "fp32"))
+    counting = [contender(sys.executable, "-c", COUNTING, peer=peer, precision=bits) for peer, bits in names]
+    (tmp_path / "242m").mkdir()
+    figures = tuple(
+        Figure(measure, ("nemotron-export int4",), "llama.cpp Q4_0", bound) for measure in ("batch", "long")
+    )
+    monkeypatch.setattr(compare, "set_up", lambda *_: (counting, {"openvino": "no converter"}))
+    monkeypatch.setattr(compare, "read_bandwidth", lambda: 2e10)
+    monkeypatch.setitem(compare.FIGURES, "242m", figures)
+    given = ["--rounds", "4", "--directory", str(tmp_path), "--results", str(tmp_path / "r.json")]
+    assert compare.main(given) == code
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert [figure["met"] for figure in written["figures"]] == [not code] * 2
+    assert [len(figure["all"]) for figure in written["figures"]] == [4, 4]
+    rounds = {
+        name: {key: len(found) for key, found in row["rounds"].items()} for name, row in written["contenders"].items()
+    }
+    assert rounds["llama.cpp Q4_0"] == {"first_token": 4, "decode": 4, "batch": 4, "long": 4}
+    assert rounds["transformers fp32"] == {}  # one turn: no figure is about it
+    assert {row["agreement"] for row in written["contenders"].values()} == {1.0}
+    assert written["not_run"] == {"openvino": "no converter"}
+    assert (tmp_path / "r.svg").is_file()
+    assert ("MISSED" in capsys.readouterr().out) is bool(code)
+
+
+@pytest.mark.parametrize("rounds", [1, 7, 64])
+def test_a_row_that_goes_on_through_all_rounds_ends_where_the_model_does(rounds: int) -> None:
+    works = compare_rounds.going_on(contender(peer="llama.cpp", precision="Q4_0"), rounds)
+    assert works["long"].capacity(rounds + 1) == 4096
+    assert works["batch"].capacity(rounds + 1) <= 4096
+
+
+def test_prompts_of_a_batch_differ_and_one_by_itself_is_a_row_of_them(tmp_path: Path) -> None:
+    prompts = compare_rounds.Prompts(tmp_path)
+    batch = np.fromfile(prompts.file(compare_rounds.BATCH), np.int32).reshape(8, 512)
+    assert len({row.tobytes() for row in batch}) == 8
+    assert batch.max() < 2048
+    alone = np.fromfile(prompts.file(compare_rounds.AGREE, 1), np.int32)[: compare_rounds.AGREE.prompt]
+    assert alone.tolist() == batch.ravel()[128:256].tolist()
 
 
 def _state(running: Running) -> str:
