@@ -57,6 +57,13 @@ class KVCache:
                 buffer[target, :, :length] = buffer[source, :, :length]
         return length
 
+    def exchange(self, one: int, other: int, length: int) -> bool:
+        """Let two slots have each other's first tokens; whether they do: not on a GPU."""
+        buffers = [buffer for pair in self._buffers for buffer in pair if isinstance(buffer, np.ndarray)]
+        for buffer in buffers:
+            buffer[[one, other], :, :length] = buffer[[other, one], :, :length]
+        return bool(buffers)
+
     def write(self, layer: int, key: Array, value: Array) -> None:
         """Fill one layer's keys and values, each [slots, kv_heads, capacity, head_dim]."""
         for buffer, given in zip(self._buffers[layer], (key, value), strict=True):

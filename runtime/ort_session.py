@@ -95,6 +95,10 @@ class OrtSession:
         """Copy the first tokens of a slot; see `Session.copy_prefix`."""
         return self.cache.copy_prefix(source, target, length)
 
+    def exchange(self, one: int, other: int, length: int) -> bool:
+        """Let two slots have each other's first tokens; see `Session.exchange`."""
+        return self.cache.exchange(one, other, length)
+
     def _empty_logits(self, step: Step) -> NDArray[Any]:
         return np.empty((len(step.tokens), step.keep, self.vocab_size), self._logits_dtype)
 

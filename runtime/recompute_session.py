@@ -67,6 +67,11 @@ class RecomputeSession:
         self._tokens[target, :length] = self._tokens[source, :length]
         return length
 
+    def exchange(self, one: int, other: int, length: int) -> bool:
+        """Let two rows have each other's first tokens; see `Session.exchange`."""
+        self._tokens[[one, other], :length] = self._tokens[[other, one], :length]
+        return True
+
     def _allocate(self, slots: int, capacity: int) -> None:
         check_allocation(slots, capacity, self.max_capacity, self._path)
         self.slots, self.capacity = slots, capacity

@@ -17,7 +17,7 @@ from runtime.session import Floats, Session
 from runtime.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 256  # tokens of prompts between two steps of the rows that are running
-PADDING = 32  # tokens that cost about as much as to read the weights once more
+PADDING = 4  # tokens that cost about as much as a step of its own: 2 to 4 at int4 on two cores
 
 
 @dataclass
@@ -29,7 +29,7 @@ class _Slot:
         request: that runs in it.
         tokens: whose keys and values it holds; they stay when a request has left, for others that begin alike.
         lookup: of the request, where it asked for one.
-        used: when it was last taken, as a count.
+        used: when it was last taken or left, as a count.
     """
 
     index: int
@@ -101,7 +101,7 @@ class Scheduler:
             self._waiting.remove(request)
         for slot in self._slots:
             if slot.request is request:
-                slot.request = None
+                self._leave(slot)
 
     def holds(self, request: Request) -> bool:
         """Whether the request waits or runs."""
@@ -141,7 +141,7 @@ class Scheduler:
             prompt = request.row.prompt
             alike = max(free, key=lambda slot: _reusable(slot.tokens, prompt))
             goes_on = 2 * _reusable(alike.tokens, prompt) > len(alike.tokens)  # else it is copied from, and stays
-            slot = alike if goes_on else min(free, key=self._worth)
+            slot = alike if goes_on else min(free, key=lambda slot: slot.used)
             slot.tokens, slot.request = slot.tokens[: _reusable(slot.tokens, prompt)], request
             slot.lookup = Lookup(prompt) if request.row.settings.prompt_lookup else None
             slot.pace, slot.used = Pace(), request.row.number + 1
@@ -156,11 +156,26 @@ class Scheduler:
             copied = self.session.copy_prefix(best.index, slot.index, common)
             slot.tokens = prompt[: max(copied, len(slot.tokens))]
 
-    def _worth(self, slot: _Slot) -> tuple[int, int]:
-        """How much is lost by giving a slot away: neighbours of running rows first, then what was used longest ago."""
-        busy = [other.index for other in self._slots if other.request]
-        first, last = min([*busy, slot.index]), max([*busy, slot.index])
-        return last - first, slot.used
+    def _leave(self, slot: _Slot) -> None:
+        """Free a slot; a static batch keeps nothing in it: nobody comes who could go on from there."""
+        slot.request, slot.used = None, self._count
+        if self._prefill_first:
+            slot.tokens = []
+
+    def _gather(self, slots: list[_Slot]) -> None:
+        """Make running rows neighbours, one batch that reads the weights once, by exchanging them with others.
+
+        What lies between would have to be carried along, at a CPU's cost of a row that runs; moving one costs as much
+        once.
+        """
+        while len(slots) <= slots[-1].index - slots[0].index:
+            last = slots[-1]
+            gap = next(slot for slot in self._slots[slots[0].index :] if not slot.decoding)
+            if not self.session.exchange(gap.index, last.index, max(len(gap.tokens), len(last.tokens))):
+                return
+            self._slots[gap.index], self._slots[last.index] = last, gap
+            gap.index, last.index = last.index, gap.index
+            slots.sort(key=lambda slot: slot.index)
 
     def _prefill(self, slots: list[_Slot]) -> None:
         """A part of the first prompt, and with it others that are as short."""
@@ -197,7 +212,8 @@ class Scheduler:
         """One step of running rows; of one alone, with a draft where there is one."""
         alone = slots[0] if len(slots) == 1 and slots[0].lookup is not None else None
         draft = [] if alone is None else self._draft(alone)
-        # Neighbouring slots are one batch, which reads the weights once: those between the rows are carried along.
+        self._gather(slots)
+        # What still lies between the rows, where slots cannot be exchanged, is carried along.
         batch = self._slots[slots[0].index : slots[-1].index + 1]
         started = time.perf_counter()
         logits = self._run(batch, [[_newest(slot), *draft] for slot in batch], keep=1 + len(draft))
@@ -246,9 +262,7 @@ class Scheduler:
             held += 1
         del slot.tokens[len(slot.tokens) - len(draft) + held :]
         if request.finished and slot.request is request:
-            slot.request = None
-            if self._prefill_first:
-                slot.tokens = []  # nobody comes to go on from there: carried along, it should cost no attention
+            self._leave(slot)
         return held
 
 

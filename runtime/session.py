@@ -78,6 +78,14 @@ class Session(Protocol):
         """
         ...
 
+    def exchange(self, one: int, other: int, length: int) -> bool:
+        """Let two slots have each other's first `length` tokens.
+
+        Returns:
+            Whether they do: not where the cache is out of reach.
+        """
+        ...
+
     def reopen(self, *, slots: int, capacity: int) -> Self:
         """A session on the same loaded weights with a cache of its own, of other dimensions.
 

@@ -81,6 +81,10 @@ class TrtSession:
         """None: the cache is the engine's memory, in which a slot's tokens lie apart; see `Session.copy_prefix`."""
         return 0
 
+    def exchange(self, one: int, other: int, length: int) -> bool:  # noqa: ARG002 - see below
+        """Not: see `copy_prefix`."""
+        return False
+
     def _allocate(self, slots: int, capacity: int) -> None:
         record = self._loaded.record
         where = f"{record.path} (built with --max-seq-len {record.max_seq_len})"

@@ -132,6 +132,12 @@ class EvaluatedSession:
             tensor[target, :, :length] = tensor[source, :, :length]
         return length
 
+    def exchange(self, one: int, other: int, length: int) -> bool:
+        """Let two slots have each other's first tokens; see `Session.exchange`."""
+        for tensor in self.cache.tensors.values():
+            tensor[[one, other], :, :length] = tensor[[other, one], :, :length]
+        return True
+
     def _run(self, step: Step) -> Floats:
         """Run rows of consecutive slots."""
         rows = slice(int(step.slots[0]), int(step.slots[0]) + len(step.slots))

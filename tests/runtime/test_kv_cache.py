@@ -61,3 +61,16 @@ def test_content_of_another_shape_is_refused() -> None:
     cache = KVCache(GEOMETRY, slots=1, capacity=5)
     with pytest.raises(ValueError, match=r"expected \(1, 3, 5, 4\)"):
         cache.write(0, np.zeros((1, 3, 4, 4)), np.zeros((1, 3, 5, 4)))
+
+
+def test_slots_that_are_exchanged_have_each_others_tokens(cache: KVCache) -> None:
+    before = np.random.default_rng(0).normal(size=(2, 2, 3, 5, 4)).astype(np.float32)
+    cache.write(1, *before)
+    expected = before.copy()
+    if cache.exchange(0, 1, 3):  # not on a GPU
+        expected[:, :, :, :3] = before[:, ::-1, :, :3]
+    np.testing.assert_array_equal(cache.read(1), expected)
+
+
+def test_slots_of_the_cpu_are_exchanged() -> None:
+    assert KVCache(GEOMETRY, slots=2, capacity=5).exchange(0, 1, 3)

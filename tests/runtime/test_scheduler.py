@@ -34,12 +34,13 @@ def options(**given: Any) -> Settings:
     requests=st.lists(st.tuples(prompts, st.integers(1, 12), st.booleans()), min_size=1, max_size=12),
     actions=st.lists(st.integers(0, 4), max_size=60),
     slots=st.integers(1, 4),
+    exchanges=st.booleans(),
     chunk=st.one_of(st.none(), st.integers(1, 5)),
 )
 def test_each_request_says_what_it_would_alone_whoever_comes_and_goes(
-    tokenizer: Tokenizer, requests: list[Any], actions: list[int], slots: int, chunk: int | None
+    tokenizer: Tokenizer, requests: list[Any], actions: list[int], slots: int, exchanges: bool, chunk: int | None
 ) -> None:
-    scheduler = Scheduler(FakeSession(slots, 58), tokenizer)
+    scheduler = Scheduler(FakeSession(slots, 58, exchanges=exchanges), tokenizer)
     waiting, running, cancelled = list(requests), [], set()
     for action in actions:
         if action == 0 and running:
@@ -190,9 +191,10 @@ def test_a_prompt_that_begins_like_another_is_not_computed_again(tokenizer: Toke
     assert session.fed == fed + 1
 
 
+@pytest.mark.parametrize("exchanges", [True, False])
 @pytest.mark.parametrize("held", [40, 60])  # of 60: the last place of a full slot is needed to carry it along
-def test_a_slot_between_running_ones_keeps_what_it_holds(tokenizer: Tokenizer, held: int) -> None:
-    session = FakeSession(slots=3, capacity=60)
+def test_a_slot_between_running_ones_keeps_what_it_holds(tokenizer: Tokenizer, held: int, exchanges: bool) -> None:
+    session = FakeSession(slots=3, capacity=60, exchanges=exchanges)
     scheduler = Scheduler(session, tokenizer)
     middle = [6, *range(20, 40)]
     runs = [([5], 60), (middle, held - len(middle) + 1), ([7], 60)]
@@ -202,7 +204,7 @@ def test_a_slot_between_running_ones_keeps_what_it_holds(tokenizer: Tokenizer, h
     text = [*middle, *between.result().token_ids[:-1]]
     assert len(text) == held
     scheduler.step()
-    assert session.widths[-1] == (3, 1)  # the others run on, this one between them
+    assert session.widths[-1] == (2 if exchanges else 3, 1)  # the others run on, side by side or this one between them
     fed, again = session.fed, [*text[: held - 1], 299]
     answer = scheduler.submit(again, options(capacity=60, max_new_tokens=1))
     assert answer.result().token_ids == continuation(again, 1)
@@ -266,7 +268,8 @@ def test_short_prompts_still_share_a_step_when_slots_hold_their_first_token(toke
     assert session.widths == [(1, 3), (2, 3)]
 
 
-def test_an_ended_row_of_a_static_batch_costs_no_attention(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_an_ended_row_of_a_static_batch_costs_no_attention(tokenizer: Tokenizer, exchanges: bool) -> None:
     pasts: list[list[int]] = []
 
     class Watched(FakeSession):
@@ -274,8 +277,8 @@ def test_an_ended_row_of_a_static_batch_costs_no_attention(tokenizer: Tokenizer)
             pasts.append(past_lengths.tolist())
             return super().step(tokens, lengths, past_lengths, *args, **kwargs)
 
-    scheduler = Scheduler(Watched(), tokenizer, prefill_first=True)
+    scheduler = Scheduler(Watched(exchanges=exchanges), tokenizer, prefill_first=True)
     for first, count in ((5, 4), (6, 2), (7, 4)):
         scheduler.submit([first, 8, 9], options(max_new_tokens=count))
     scheduler.run()
-    assert pasts == [[0, 0, 0], [3, 3, 3], [4, 0, 4], [5, 0, 5]]
+    assert pasts == [[0, 0, 0], [3, 3, 3], *([[4, 4], [5, 5]] if exchanges else [[4, 0, 4], [5, 0, 5]])]

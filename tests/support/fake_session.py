@@ -25,14 +25,15 @@ def continuation(prompt: Sequence[int], count: int) -> list[int]:
 class FakeSession:
     """Keeps each slot's tokens where a cache would be, and refuses what a real session refuses.
 
-    `widths` has the shape of every step's tokens, `fed` how many of them were real.
+    Its slots can be exchanged or not, as backends differ. `widths` has the shape of every step's tokens, `fed` how many
+    of them were real.
     """
 
     backend, version, device, vocab_size = "fake", "1", "none", VOCAB
     choice, max_slots, max_capacity = "", None, 4096
 
-    def __init__(self, slots: int = 4, capacity: int = 64) -> None:
-        self.slots, self.capacity = slots, capacity
+    def __init__(self, slots: int = 4, capacity: int = 64, *, exchanges: bool = True) -> None:
+        self.slots, self.capacity, self.exchanges = slots, capacity, exchanges
         self.cached = np.full((slots, capacity), -1)
         self.widths: list[tuple[int, int]] = []
         self.fed = 0
@@ -47,6 +48,11 @@ class FakeSession:
         assert (self.cached[source, :length] >= 0).all()
         self.cached[target, :length] = self.cached[source, :length]
         return length
+
+    def exchange(self, one: int, other: int, length: int) -> bool:
+        if self.exchanges:
+            self.cached[[one, other], :length] = self.cached[[other, one], :length]
+        return self.exchanges
 
     def step(self, tokens: Any, lengths: Any, past_lengths: Any, slots: Any = None, keep: int = 1) -> Any:
         self.widths.append(tokens.shape)
