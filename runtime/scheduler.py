@@ -20,7 +20,7 @@ PREFILL_CHUNK = 256  # tokens of prompts between two steps of the rows that are 
 PADDING = 4  # tokens that cost about as much as a step of its own: 2 to 4 at int4 on two cores
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     """A row of the cache.
 
@@ -170,7 +170,7 @@ class Scheduler:
         """
         while len(slots) <= slots[-1].index - slots[0].index:
             last = slots[-1]
-            gap = next(slot for slot in self._slots[slots[0].index :] if not slot.decoding)
+            gap = next(slot for slot in self._slots[slots[0].index :] if slot not in slots)
             if not self.session.exchange(gap.index, last.index, max(len(gap.tokens), len(last.tokens))):
                 return
             self._slots[gap.index], self._slots[last.index] = last, gap

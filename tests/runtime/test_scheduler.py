@@ -258,6 +258,19 @@ def test_a_conversation_outlives_a_prompt_that_only_begins_as_all_do(tokenizer: 
     assert session.fed == fed + 1
 
 
+def test_a_prompt_that_ends_between_running_rows_steps_aside(tokenizer: Tokenizer) -> None:
+    session = FakeSession(slots=3)
+    scheduler = Scheduler(session, tokenizer)
+    running = [scheduler.submit([first], options(max_new_tokens=20)) for first in (5, 6, 7)]
+    scheduler.step()
+    scheduler.cancel(running[1])
+    between = scheduler.submit([8, 9], options(max_new_tokens=5))
+    scheduler.step()
+    assert session.widths[-2:] == [(1, 2), (2, 1)]
+    assert between.result().token_ids == continuation([8, 9], 5)
+    assert [running[row].result().token_ids for row in (0, 2)] == [continuation([5], 20), continuation([7], 20)]
+
+
 def test_short_prompts_still_share_a_step_when_slots_hold_their_first_token(tokenizer: Tokenizer) -> None:
     session = FakeSession()
     scheduler = Scheduler(session, tokenizer)
