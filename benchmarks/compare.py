@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bandwidth import read_bandwidth
 from benchmarks.child import ROOT, measured
 from benchmarks.compare_report import draw, row_of, table
 from benchmarks.compare_rounds import DECODE, Found, going_on, measure
@@ -36,6 +35,7 @@ from benchmarks.contenders.base import Contender, made
 from benchmarks.peers import write_sentencepiece
 from benchmarks.reach import FIGURES, judge, leading
 from exporter.cli._plot import check_plot
+from runtime.bandwidth import Bandwidth
 from runtime.errors import UserError
 from runtime.hardware import cpu_name
 from tests.support.environments import Failed
@@ -44,13 +44,13 @@ DIRECTORY = ROOT / "build" / "compare"
 REFERENCE = f"{transformers.PEER} fp32"
 PEERS: dict[str, dict[str, tuple[str, ...]]] = {
     "242m": {
-        ours.PEER: ("fp32", "int8", "int4"),
+        ours.PEER: ("fp32", "int8", "int4", "int4 compact"),
         llama.PEER: ("F32", "BF16", "Q8_0", "Q4_0"),
         genai.PEER: ("fp32", "int8", "int4"),
         openvino.PEER: ("int8", "int4"),
         transformers.PEER: ("fp32", "bf16"),
     },
-    "minitron-4b": {ours.PEER: ("int4",), llama.PEER: ("Q4_0",)},
+    "minitron-4b": {ours.PEER: ("int4 compact",), llama.PEER: ("Q4_0",)},
 }
 
 
@@ -141,9 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place = given.directory.absolute()
     contenders, not_run = set_up(given.preset, given.peers, place)
     judged = {name for figure in FIGURES[given.preset] for name in (*figure.ours, figure.theirs)}
-    before = read_bandwidth()
+    bandwidth = Bandwidth()
+    bandwidth.measure()
     found = measure(contenders, given.rounds, judged, place / given.preset)
-    report = report_of(given.preset, given.rounds, found, max(before, read_bandwidth()), not_run)
+    report = report_of(given.preset, given.rounds, found, bandwidth.measure(), not_run)
     results.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(report, plot)
     print(table(report))

@@ -7,10 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bandwidth import roofline
-
 SPEEDS = ("decode", "batch", "long")
 MARKERS = "osD^v*"
+
+
+def roofline(bandwidth: float, step: int, rows: int) -> float:
+    """Tokens a second of all rows, if a step took no longer than to read its bytes."""
+    return rows * bandwidth / step
 
 
 def row_of(
@@ -48,7 +51,7 @@ def _contenders(report: Mapping[str, Any]) -> Iterator[str]:
         f"medians of {report['rounds']} rounds"
     )
     yield (
-        f"{'':26}{'tok/s':>8}{'share':>7}{'first s':>9}{'batch 8':>9}{'far on':>8}"
+        f"{'':30}{'tok/s':>8}{'share':>7}{'first s':>9}{'batch 8':>9}{'far on':>8}"
         f"{'step MB':>9}{'resident':>9}{'peak':>7}{'start s':>8}{'first':>7}"
     )
     for name, row in report["contenders"].items():
@@ -56,7 +59,7 @@ def _contenders(report: Mapping[str, Any]) -> Iterator[str]:
         megabytes = {key: medians[key] / 1e6 for key in ("step_bytes", "resident", "peak")}
         agreement = row["agreement"]
         yield (
-            f"{name:26}{medians['decode']:8.1f}{shares['decode']:7.0%}{medians['first_token']:9.2f}"
+            f"{name:30}{medians['decode']:8.1f}{shares['decode']:7.0%}{medians['first_token']:9.2f}"
             f"{_number(medians.get('batch'), 9)}{_number(medians.get('long'), 8)}"
             f"{megabytes['step_bytes']:9.0f}{megabytes['resident']:9.0f}{megabytes['peak']:7.0f}{medians['start']:8.1f}"
             + ("–" if agreement is None else f"{agreement:.0%}").rjust(7)
@@ -88,7 +91,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     axes = figure.add_subplot()
     peers: dict[str, list[tuple[str, float, float]]] = {}
     for name, row in report["contenders"].items():
-        peer, _, precision = name.rpartition(" ")
+        peer, _, precision = name.partition(" ")
         medians = row["medians"]
         peers.setdefault(peer, []).append((precision, medians["step_bytes"] / 1e6, medians["decode"]))
     for marker, (peer, points) in zip(MARKERS, peers.items(), strict=False):

@@ -36,8 +36,8 @@ DECODE = Workload(1, 512, 64)
 BATCH = Workload(8, 512, 32)
 AGREE = Workload(2, 128, 32)  # each by itself
 WARM = Workload(1, 32, 8)
-IN_BATCH = {"int4", "Q4_0"}
-FAR_ON = {"nemotron-export int4", "llama.cpp Q4_0"}
+IN_BATCH = {"int4", "int4 compact", "Q4_0"}
+FAR_ON = {"nemotron-export int4", "nemotron-export int4 compact", "llama.cpp Q4_0"}
 _FULL = 4096
 
 

@@ -30,6 +30,7 @@ class _Run:
         step: these rows, without what is padding in all of them.
         feeds: what the graph takes, but for the cache.
         hidden: the residual stream, [rows, tokens, hidden].
+        kept: whether it has the columns alone whose logits are asked for, of every token.
     """
 
     request: int
@@ -37,6 +38,7 @@ class _Run:
     step: Step
     feeds: Mapping[str, Tensor]
     hidden: Tensor
+    kept: bool = False
 
     @property
     def slots(self) -> slice:
@@ -80,13 +82,17 @@ class LayeredSteps:
             outputs = segment.run({**run.feeds, **past, here: run.hidden})
             cache.update(layer, run.slots, outputs)
             run.hidden = outputs[after]
+            run.kept = self._segments.ends_kept and layer + 1 == self._segments.layers
 
     def hidden(self) -> list[Floats]:
         """The residual stream of each slot's new tokens as far as layers have run, float32 [tokens, hidden]."""
         found: list[list[Floats]] = [[] for _ in range(self._slots)]
         for run in self._runs:
             for row, slot in enumerate(run.step.slots):
-                found[int(slot)].append(run.hidden[row, : int(run.step.lengths[row])].float().numpy())
+                length = int(run.step.lengths[row])
+                # Padding is behind a row's tokens; ahead of them in what is kept for logits.
+                new = slice(-length, None) if run.kept else slice(length)
+                found[int(slot)].append(run.hidden[row, new].float().numpy())
         return [np.concatenate(parts) for parts in found]
 
     def logits(self, segment: Segment) -> Iterator[tuple[int, slice, Floats]]:

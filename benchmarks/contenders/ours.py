@@ -27,11 +27,16 @@ _ITEM_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 
 
 def contenders(checkpoint: Path, directory: Path, precisions: tuple[str, ...]) -> Iterator[Contender]:
-    """Export to `directory`, whatever is there: the exporter at hand is what is measured."""
+    """Export to `directory`, whatever is there: the exporter at hand is what is measured.
+
+    A precision may be followed by a recipe: `int4 compact`.
+    """
     for precision in precisions:
-        bundle = directory / f"{PEER}-{precision}"
+        bundle = directory / f"{PEER}-{precision.replace(' ', '-')}"
         shutil.rmtree(bundle, ignore_errors=True)
-        measured([*OURS, "export", checkpoint, bundle, "--precision", precision, "--no-verify"])
+        grid, _, recipe = precision.partition(" ")
+        options = ["--precision", grid, *(["--recipe", recipe] if recipe else [])]
+        measured([*OURS, "export", checkpoint, bundle, *options, "--no-verify"])
         inputs = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["graph"]["inputs"]
         caches = [spec for spec in inputs if spec["name"].startswith("past_key_values.")]
         cache_bytes = sum(spec["shape"][1] * spec["shape"][3] * _ITEM_BYTES[spec["dtype"]] for spec in caches)

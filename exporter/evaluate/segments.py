@@ -49,6 +49,7 @@ class Segments:
     Attributes:
         name: what runs them, and its version, as in results.
         layers: how many decoder layers there are.
+        ends_kept: whether the last layer gives its output for the columns alone whose logits are asked for.
         evaluated: whether every edge is rounded and looked at.
         non_finite: the edges that were not finite so far, where segments are evaluated.
     """
@@ -67,6 +68,9 @@ class Segments:
         self._model = ir.load(bundle.file(MODEL))
         self.layers = bundle.cache_geometry.layers
         self._stream = _residual_stream(self._model.graph, self.layers, bundle)
+        before, after = self._stream[-2:]
+        last = ir.convenience.extract(self._model.graph, [before, *self._model.graph.inputs], [after])
+        self.ends_kept = any(node.op_type == "GatherND" for node in last)
         self.non_finite: list[str] = []
         self.name = f"nemotron-export evaluation of the ONNX graph {__version__}"
         if not evaluate:

@@ -9,32 +9,53 @@ import onnx_ir as ir
 from exporter.passes.base import GraphPass
 from exporter.passes.last_tokens import CONTRACT, rightmost
 from plugins.nodes import Nodes
+from plugins.ops import is_fused
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_INDICES
 
 PRODUCTS = ("MatMul", "FusedMatMul")  # the latter where matrices are read as they are stored
 
 
 class _GatheredLogits(GraphPass):
-    """Gathers columns [batch, kept] of the hidden state ahead of the final norm and the head, which work row by row."""
+    """Gathers columns [batch, kept] of the hidden state where all that follows works row by row."""
 
     def _gather(self, graph: ir.Graph, indices: ir.Value, nodes: Nodes) -> ir.Value:
-        """Put the gather in; return the logits, now [batch, kept, vocab or labels]."""
+        """Put the gathers in; return the logits, now [batch, kept, vocab or labels].
+
+        Behind the last attention nothing looks at other columns: its output projection, MLP and norm, and the head, are
+        computed for the kept ones alone, unless the norm of every column is handed out.
+        """
         logits = next(value for value in graph.outputs if value.name == LOGITS)
         head, norm = self._head_and_norm(logits)
-        # The norm of every position is wanted where it is handed out.
-        reader, place = (head, norm.outputs[0]) if norm.outputs[0].is_graph_output() else (norm, norm.inputs[0])
-        assert place is not None
-        assert place.shape is not None
-        assert logits.shape is not None
+        rowwise = [head] if norm.outputs[0].is_graph_output() else self._behind_attention(graph, norm, head)
         column = nodes("Unsqueeze", indices, nodes.constant("last_axis", [-1]))
-        kept = nodes("GatherND", place, column, batch_dims=1)
-        graph.insert_before(reader, nodes.take())
-        reader.replace_input_with(0, kept)
-        kept.type, kept.shape = place.type, ir.Shape(["batch", "kept", place.shape[-1]])
-        if reader is norm:
-            norm.outputs[0].shape = kept.shape.copy()
-        logits.shape = ir.Shape(["batch", "kept", logits.shape[-1]])
+        made = {output for node in rowwise for output in node.outputs}
+        gathered: dict[ir.Value, ir.Value] = {}
+        for node in rowwise:
+            for place, value in enumerate(node.inputs):
+                if value is None or value in made or not _is_of_columns(value):
+                    continue
+                if value not in gathered:
+                    kept = gathered[value] = nodes("GatherND", value, column, batch_dims=1)
+                    kept.type, kept.shape = value.type, _kept(value)
+                node.replace_input_with(place, gathered[value])
+        graph.insert_before(rowwise[0], nodes.take())
+        for value in made:
+            value.shape = _kept(value)
         return logits
+
+    def _behind_attention(self, graph: ir.Graph, norm: ir.Node, head: ir.Node) -> list[ir.Node]:
+        """The nodes from the last attention's context to the logits, in order."""
+        attention = next((node for node in reversed(graph) if is_fused(node)), None)
+        if attention is None:
+            raise self.fail("no fused attention is ahead of the final LayerNormalization")
+        behind, depending = list[ir.Node](), {attention.outputs[0]}
+        for node in graph:
+            if depending & set(node.inputs):
+                behind.append(node)
+                depending.update(node.outputs)
+        if behind[-2:] != [norm, head]:
+            raise self.fail("the last layer's output is read by more than the final LayerNormalization and the head")
+        return behind
 
     def _head_and_norm(self, logits: ir.Value) -> tuple[ir.Node, ir.Node]:
         head = logits.producer()
@@ -43,6 +64,16 @@ class _GatheredLogits(GraphPass):
         if head is None or norm is None or norm.op_type != "LayerNormalization":
             raise self.fail("logits are no product with the final LayerNormalization")
         return head, norm
+
+
+def _is_of_columns(value: ir.Value) -> bool:
+    """Whether a value has something for each token: [batch, sequence, …]."""
+    return value.shape is not None and len(value.shape) == 3 and not value.is_initializer()
+
+
+def _kept(value: ir.Value) -> ir.Shape:
+    assert value.shape is not None
+    return ir.Shape(["batch", "kept", value.shape[-1]])
 
 
 class RequestedLogits(_GatheredLogits):

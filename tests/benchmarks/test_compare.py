@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from benchmarks import compare, compare_report, compare_rounds, reach
-from benchmarks.bandwidth import roofline
+from benchmarks.compare_report import roofline
 from benchmarks.contenders.base import Contender, Running, made
 from benchmarks.contenders.onnx_bytes import step_bytes
 from benchmarks.reach import Figure, judge, leading, worse_quartile
@@ -232,7 +232,7 @@ def test_a_missed_figure_is_exit_code_1_and_everything_is_in_the_json(
         Figure(measure, ("nemotron-export int4",), "llama.cpp Q4_0", bound) for measure in ("batch", "long")
     )
     monkeypatch.setattr(compare, "set_up", lambda *_: (counting, {"openvino": "no converter"}))
-    monkeypatch.setattr(compare, "read_bandwidth", lambda: 2e10)
+    monkeypatch.setattr(compare.Bandwidth, "measure", lambda _: 2e10)
     monkeypatch.setitem(compare.FIGURES, "242m", figures)
     given = ["--rounds", "4", "--directory", str(tmp_path), "--results", str(tmp_path / "r.json")]
     assert compare.main(given) == code

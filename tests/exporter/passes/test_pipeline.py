@@ -89,6 +89,26 @@ def test_the_fused_graph_has_the_contract_that_targets_are_lowered_from(traced: 
     }
 
 
+@pytest.mark.parametrize("config", STRUCTURES.values(), ids=STRUCTURES.keys())
+def test_the_last_mlp_runs_for_the_columns_alone_whose_logits_are_asked_for(
+    traced: Any, config: dict[str, Any]
+) -> None:
+    spec, model, _ = optimized(traced, **config)
+    widths = {}
+    for node in model.graph:
+        if node.op_type == "MatMul":
+            name = origin_of(node.inputs[1]).tensor.removeprefix("model.layers.").removesuffix("_proj.weight")
+            widths[name] = str(node.outputs[0].shape[1])
+    last = spec.layers - 1
+    kept = {f"{last}.self_attn.o", f"{last}.mlp.up", f"{last}.mlp.down"}
+    assert {name for name, width in widths.items() if width == "kept"} - {
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+    } == kept
+    assert {widths[f"{last}.self_attn.{name}"] for name in "qkv"} == {"sequence"}
+    assert sum(node.op_type == "GatherND" for node in model.graph) == 2
+
+
 def test_no_trace_of_the_exporting_machine_stays_in_the_graph(traced: Any) -> None:
     _, model, _ = optimized(traced)
     assert not any(node.metadata_props or node.doc_string for node in model.graph)
