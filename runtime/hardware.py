@@ -11,8 +11,10 @@ from pathlib import Path
 _PROC = Path("/proc")
 
 
-def process_age() -> float:
-    """Seconds since this process was started, in hundredths."""
+def process_age() -> float | None:
+    """Seconds since this process was started, in hundredths; None where the system does not tell."""
+    if not (_PROC / "self/stat").exists():
+        return None
     # The fields after the program's name, which may hold anything: the twentieth is when, in ticks since the boot.
     ticks = int((_PROC / "self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

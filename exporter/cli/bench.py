@@ -92,7 +92,7 @@ def bench(
         click.echo(f"{new_tokens} new tokens a row; medians of {rounds} rounds (least–most)")
 
 
-def _to_json(model: TextGenerator, report: Report, start_s: float) -> dict[str, object]:
+def _to_json(model: TextGenerator, report: Report, start_s: float | None) -> dict[str, object]:
     return {
         "schema": 1,
         "bundle": str(model.bundle.path),
@@ -110,7 +110,7 @@ def _to_json(model: TextGenerator, report: Report, start_s: float) -> dict[str, 
     }
 
 
-def _print(model: TextGenerator, report: Report, start_s: float) -> None:
+def _print(model: TextGenerator, report: Report, start_s: float | None) -> None:
     manifest = model.bundle.manifest
     print_facts(
         [
@@ -138,12 +138,11 @@ def _print(model: TextGenerator, report: Report, start_s: float) -> None:
     print_table(rows)
 
 
-def _start(model: TextGenerator, report: Report, start_s: float) -> str:
+def _start(model: TextGenerator, report: Report, start_s: float | None) -> str:
     """From the command to the first token, by part."""
-    parts = (
-        *(("imports", start_s), ("load", model.load_s - model.check_s), ("check", model.check_s)),
-        ("first token", report.cold_s),
-    )
+    parts = [("load", model.load_s - model.check_s), ("check", model.check_s), ("first token", report.cold_s)]
+    if start_s is not None:
+        parts.insert(0, ("imports", start_s))
     total = sum(seconds for _, seconds in parts)
     return f"{total:.2f} s: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts)
 

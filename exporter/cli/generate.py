@@ -86,7 +86,9 @@ def generate(
     texts = [checked_text(text, f"prompt {row}") for row, text in enumerate(prompts, start=1)]
 
     from runtime import load
+    from runtime.hardware import process_age
 
+    start_s = process_age()
     model = load(bundle, task="text-generation", backend=backend, device=device, threads=threads)
     batch: Sequence[str | Sequence[int]] = texts or prompt_ids
     if chat:
@@ -98,10 +100,10 @@ def generate(
         emit_json(generation.result().to_json())
     elif len(batch) == 1:
         stream_text(generation)
-        note(summary(generation.result()))
+        note(summary(generation.result(), start_s))
     else:
         _print_as_they_end(generation, texts or [",".join(map(str, ids)) for ids in prompt_ids])
-        note(summary(generation.result()))
+        note(summary(generation.result(), start_s))
 
 
 def stream_text(generation: Generation) -> str:
@@ -115,13 +117,14 @@ def stream_text(generation: Generation) -> str:
     return text
 
 
-def summary(result: GenerationResult) -> str:
-    """The line on what was generated, by what, and how fast."""
+def summary(result: GenerationResult, start_s: float | None = None) -> str:
+    """The line on what was generated, by what, and how fast; `start_s` from the command to loading, where known."""
     rows, timing = result.sequences, result.timing
     reasons = ", ".join(str(row.finish_reason) for row in rows)
     parts = [
         f"{sum(row.prompt_tokens for row in rows)} prompt tokens",
         f"{sum(len(row.token_ids) for row in rows)} new ({reasons})",
+        *([f"start {start_s:.2f} s"] if start_s is not None else []),
         f"load {timing.load_s:.2f} s",
         f"first token {timing.ttft_s:.3f} s",
     ]

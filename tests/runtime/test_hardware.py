@@ -18,6 +18,14 @@ def test_the_same_gpu_with_another_driver_has_another_name(tmp_path: Path, monke
     assert hardware.cuda_name() == "NVIDIA L4, driver 590.10"
 
 
+def test_where_the_system_does_not_tell_the_age_of_a_process_it_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 0 < (hardware.process_age() or 0) < 36_000
+    monkeypatch.setattr(hardware, "_PROC", tmp_path)
+    assert hardware.process_age() is None
+
+
 def test_a_processor_has_a_name_even_where_the_system_gives_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
