@@ -35,6 +35,7 @@ RECIPES = {
     "gptq-128": 'method = "gptq"\nblock = 128\nsymmetric = false\n',
     "scaling-32": "scaling = true\nblock = 32\nsymmetric = false\n",
     "scaling-128": "scaling = true\nblock = 128\nsymmetric = false\n",
+    "compact-gptq": 'method = "gptq"\nblock = 128\nsymmetric = true\n',
     "aware-128": 'method = "gptq"\nscaling = true\nblock = 128\nsymmetric = false\n',
 }
 
@@ -60,8 +61,13 @@ def cases() -> Iterator[Case]:
     """What is measured, in order."""
     yield Case("onnxruntime", "int8")
     yield Case("onnxruntime", "fp32", kv_cache="int8")
-    nearest = [Case("onnxruntime", "int4", name) for name in ("plain", "nearest-128", "nearest-64-head-int8")]
-    parts = [Case("onnxruntime", "int4", name) for name in ("scaling-32", "gptq-32", "scaling-128", "gptq-128")]
+    nearest = [
+        Case("onnxruntime", "int4", name) for name in ("plain", "nearest-128", "nearest-64-head-int8", "compact")
+    ]
+    parts = [
+        Case("onnxruntime", "int4", name)
+        for name in ("scaling-32", "gptq-32", "scaling-128", "gptq-128", "compact-gptq")
+    ]
     both = [Case("onnxruntime", "int4", name, seed) for name in ("aware", "aware-128", "balanced") for seed in SEEDS]
     yield from (*nearest, *parts, *both)
     for case in (*nearest[:2], *both):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 LONGEST, SHORTEST = 3, 2  # tokens that must stand there again
-MOST = 12  # tokens of a draft
+MOST = 16  # tokens of a draft: more gain little where products, not memory, take the time
 PATIENCE = 16  # steps of one token after a draft that did not pay, twice as many after each further one
 _WEIGHT = 0.2  # of the newest step in the mean of all
 
@@ -67,5 +67,5 @@ class Pace:
             self._most = max(2, self._most // 2)
         else:
             self._patience = PATIENCE
-            if held == drafted:
-                self._most = min(2 * self._most, MOST)
+            # The next one is twice as long, or half way towards what held.
+            self._most = min(2 * self._most, MOST) if held == drafted else max(2, (drafted + held) // 2)

@@ -87,6 +87,11 @@ def test_drafts_grow_while_they_hold_and_rest_when_they_cost_more_than_they_give
     pace.drafted(4, 4, 2.0)
     pace.drafted(8, 8, 2.0)
     assert pace.most == MOST
+    pace.drafted(MOST, 6, 2.0)
+    assert pace.most == (MOST + 6) // 2
+    pace.drafted(MOST, MOST, 2.0)
+    pace.drafted(MOST, MOST, 2.0)
+    assert pace.most == MOST
     for patience in (PATIENCE, 2 * PATIENCE):
         pace.drafted(MOST, 0, 3.0)
         for _ in range(patience):
