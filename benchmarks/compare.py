@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks.child import ROOT, measured
 from benchmarks.compare_report import draw, row_of, table
-from benchmarks.compare_rounds import DECODE, Found, going_on, measure
+from benchmarks.compare_rounds import DECODE, Found, measure
 from benchmarks.contenders import genai, llama, openvino, ours, transformers
 from benchmarks.contenders.base import Contender, made
 from benchmarks.peers import write_sentencepiece
@@ -92,7 +92,7 @@ def report_of(
     contenders = {}
     for one in found:
         steps = {"decode": (1, one.contender.step_bytes(1, DECODE.prompt + DECODE.steps // 2))}
-        for name, work in going_on(one.contender, rounds).items():
+        for name, work in one.works.items():
             middle = (work.capacity(1) + work.capacity(rounds + 1)) // 2
             steps[name] = work.rows, one.contender.step_bytes(work.rows, middle)
         agreement = None
@@ -140,10 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     place = given.directory.absolute()
     contenders, not_run = set_up(given.preset, given.peers, place)
-    judged = {name for figure in FIGURES[given.preset] for name in (*figure.ours, figure.theirs)}
     bandwidth = Bandwidth()
     bandwidth.measure()
-    found = measure(contenders, given.rounds, judged, place / given.preset)
+    found = measure(contenders, given.rounds, FIGURES[given.preset], place / given.preset)
     report = report_of(given.preset, given.rounds, found, bandwidth.measure(), not_run)
     results.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(report, plot)

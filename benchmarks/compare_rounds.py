@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.contenders.base import Contender, Running
 from benchmarks.make_checkpoint import TINY
+from benchmarks.reach import Figure
 
 UNJUDGED = 1  # rounds of contenders that no figure is about
 
@@ -43,27 +44,33 @@ _FULL = 4096
 
 @dataclass
 class Found:
-    """What a contender did: numbers by measure, one of every turn or one alone, and its greedy tokens."""
+    """What a contender did: numbers by measure, one of every turn or one alone, and its greedy tokens.
+
+    `works` are those of `going_on`.
+    """
 
     contender: Contender
+    works: dict[str, Workload] = field(default_factory=dict)
     numbers: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     tokens: list[list[int]] = field(default_factory=list)
 
 
-def going_on(contender: Contender, rounds: int) -> dict[str, Workload]:
+def going_on(contender: Contender, rounds: int, wanted: Container[str] = ("batch", "long")) -> dict[str, Workload]:
     """Workloads whose prompts are written once, so that every turn goes on from the last: one before all rounds too."""
     works = {}
-    if contender.precision in IN_BATCH:
+    if contender.precision in IN_BATCH and "batch" in wanted:
         works["batch"] = BATCH
-    if contender.name in FAR_ON:
+    if contender.name in FAR_ON and "long" in wanted:
         works["long"] = Workload(1, _FULL - 32 * (rounds + 1), 32)
     return works
 
 
-def measure(contenders: Sequence[Contender], rounds: int, judged: Container[str | None], scratch: Path) -> list[Found]:
-    """Start all, let each do everything once, then in turn; those not `judged` in the first UNJUDGED rounds."""
+def measure(contenders: Sequence[Contender], rounds: int, figures: Sequence[Figure], scratch: Path) -> list[Found]:
+    """Start all, let each do once what figures are about, then in turn; those that none is in UNJUDGED rounds alone."""
     prompts = Prompts(scratch)
-    found = [Found(contender) for contender in contenders]
+    judged = {name for figure in figures for name in (*figure.ours, figure.theirs)}
+    wanted = {figure.measure for figure in figures}
+    found = [Found(contender, going_on(contender, rounds, wanted)) for contender in contenders]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or stopped processes would stay
     with ExitStack() as stack:
         running = []
@@ -80,7 +87,7 @@ def measure(contenders: Sequence[Contender], rounds: int, judged: Container[str 
             for process, one in turns[:: -1 if number % 2 else 1]:
                 if number < UNJUDGED or one.contender.name in judged:
                     with process.awake():
-                        _turn(process, one, prompts, rounds)
+                        _turn(process, one, prompts)
             print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     return found
 
@@ -93,7 +100,7 @@ def _first(process: Running, one: Found, prompts: Prompts, rounds: int) -> None:
     one.numbers["disk"].append(one.contender.disk_bytes)
     one.numbers["step_bytes"].append(one.contender.step_bytes(1, DECODE.prompt))
     one.tokens.extend(_continued(process, prompts, AGREE, row) for row in range(AGREE.rows))
-    for name, work in going_on(one.contender, rounds).items():
+    for name, work in one.works.items():
         process.prompt(name, prompts.file(work), work.rows, work.prompt, work.capacity(rounds + 1))
         process.decode(name, work.steps)
 
@@ -104,13 +111,13 @@ def _continued(process: Running, prompts: Prompts, work: Workload, row: int) -> 
     return first + [tokens[0] for tokens in process.decode("decode", work.steps)[1]]
 
 
-def _turn(process: Running, one: Found, prompts: Prompts, rounds: int) -> None:
+def _turn(process: Running, one: Found, prompts: Prompts) -> None:
     """A contender's part of a round; what comes first wakes its threads up."""
     process.prompt("warm", prompts.file(WARM), 1, WARM.prompt, WARM.capacity())
     process.decode("warm", WARM.steps)
     seconds, _ = process.prompt("decode", prompts.file(DECODE), 1, DECODE.prompt, DECODE.capacity())
     one.numbers["first_token"].append(seconds)
-    for name, work in {"decode": DECODE, **going_on(one.contender, rounds)}.items():
+    for name, work in {"decode": DECODE, **one.works}.items():
         seconds, _ = process.decode(name, work.steps)
         one.numbers[name].append(work.rows * work.steps / seconds)
 
