@@ -71,7 +71,8 @@ def _keep_last(graph: ir.Graph, nodes: Nodes, ends: ir.Value, shift: ir.Value) -
 def _positions(nodes: Nodes, valid: ir.Value, sequence: ir.Value) -> ir.Value:
     """Each token's position: a row's new tokens end its valid keys, or, in a prefill, start at 0 before padding."""
     ends = nodes("Unsqueeze", valid, nodes.constant("axis_1", [1]))
-    counted_back = nodes("Add", ends, range_before(nodes, nodes.constant("nothing", [0]), sequence))
+    nothing = nodes("Sub", sequence, sequence)  # no constant: the Squeeze of one would be computed on the device
+    counted_back = nodes("Add", ends, range_before(nodes, nothing, sequence))
     return nodes("Max", counted_back, range_before(nodes, sequence, sequence))
 
 
