@@ -2,29 +2,29 @@
 
     python -m benchmarks.gpu_check [BUNDLE ...]
 
-Runs every backend that is installed: TensorRT, TensorRT-RTX, ONNX Runtime's CUDA provider. Without a bundle the trained
-checkpoint is exported for both targets (needs the extra `export`). Engines that are missing are built, in a copy.
-Prints one table, and writes JSON to `benchmarks/results/`. Exit code 1 where something is wrong, 2 without a GPU.
+Runs every backend that is installed: TensorRT, TensorRT-RTX, ONNX Runtime's CUDA provider without and with captured
+decode steps. Without a bundle the trained checkpoint is exported for both targets (needs the extra `export`). Engines
+that are missing are built, in a copy. Prints one table, and writes JSON to `benchmarks/results/`. Exit code 1 where
+something is wrong, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu_report import Result, report
 from runtime.bundle import Bundle
-from runtime.cuda import Cuda, Gpu
+from runtime.cuda import Cuda
 from runtime.errors import UserError
 from runtime.golden import Golden, replay
 from runtime.manifest import GOLDEN, MODEL
@@ -33,36 +33,9 @@ from runtime.tensorrt_api import FLAVORS, import_tensorrt
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-ASSUMPTION = "lower-right causality counts from key_value_lengths"
-TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5}  # of logits that two kernels of one precision compute
+CAPTURED = "onnxruntime, captured"  # the CUDA provider with decode steps as CUDA graphs
 GREEDY_TOKENS = 32
 PREFILL_TOKENS = 128
-
-
-@dataclass
-class Result:
-    """One bundle on one backend; seconds and GB/s are of 10⁹ bytes."""
-
-    bundle: str
-    precision: str
-    backend: str
-    version: str = ""
-    causality_error: float | None = None
-    golden: list[dict[str, Any]] = field(default_factory=list)
-    greedy_equal: str = "not compared"
-    prefill_ms: float | None = None
-    decode_ms: float | None = None
-    roofline_ms: float | None = None
-    failure: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Something was compared, and nothing of it differs; in 16 bit greedy tokens may."""
-        if self.failure or self.causality_error is None or self.causality_error > TOLERANCE[self.precision]:
-            return False
-        equal, _, all_of_them = self.greedy_equal.partition("/")
-        greedy = self.precision != "fp32" or not all_of_them or equal == all_of_them
-        return greedy and all(row["passed"] for row in self.golden)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,9 +84,12 @@ def exported(scratch: Path) -> list[Path]:
     """The trained checkpoint for both targets."""
     from exporter.export import ExportOptions, export
 
-    wanted = [("onnxruntime", "fp32"), ("tensorrt", "fp32"), ("tensorrt", "fp16"), ("tensorrt", "bf16")]
+    recipe = scratch / "int4-fp16.toml"
+    recipe.write_text('activations = "fp16"\n', encoding="utf-8")
+    wanted = [("onnxruntime", "fp16"), ("tensorrt", "fp32"), ("tensorrt", "fp16"), ("tensorrt", "bf16")]
+    options = [ExportOptions(target=target, precision=precision) for target, precision in wanted]
+    options.insert(1, ExportOptions(target="onnxruntime", precision="int4", recipe=str(recipe)))
     checkpoint = ROOT / "artifacts" / "tiny-nemotron"
-    options = (ExportOptions(target=target, precision=precision) for target, precision in wanted)
     return [export(checkpoint, scratch / f"{o.target}-{o.precision}", o).bundle for o in options]
 
 
@@ -125,29 +101,42 @@ def backends(path: Path) -> list[str]:
         import onnxruntime
     except ImportError:
         return found
-    # Neither bf16 everywhere nor fp32 attention on CUDA has kernels.
-    runs = manifest.precision == "fp16" or (manifest.precision == "fp32" and manifest.target == "tensorrt")
-    cuda = runs and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    return [*found, *(["onnxruntime"] if cuda else [])]
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return found
+    if manifest.target == "onnxruntime":  # fp32 attention has no kernel on CUDA, bf16 none on the CPU to compare with
+        return [*found, *(["onnxruntime", CAPTURED] if manifest.activations == "fp16" else [])]
+    return [*found, *(["onnxruntime"] if manifest.precision in ("fp16", "fp32") else [])]
 
 
 def check(path: Path, backend: str, bandwidth: float) -> Result:
     """Everything about one bundle on one backend; what fails is in the result."""
     bundle = Bundle.open(path)
-    result = Result(path.name, bundle.manifest.precision, backend)
+    result = Result(path.name, bundle.manifest.precision, backend, activations=bundle.manifest.activations)
     try:
-        device = "cuda" if backend == "onnxruntime" else None
-        session = open_session(bundle, backend=backend, device=device, slots=1, capacity=8)
+        session = opened(bundle, backend)
         result.backend, result.version = session.backend, session.version
+        if backend == CAPTURED:
+            result.backend += ", captured"
+            result.uncaptured_equal = equal_tokens(session, opened(bundle, "onnxruntime"))
         result.causality_error = causality_error(session)
         if bundle.has(GOLDEN):
             result.golden = [row.to_json() for row in replay(session, Golden.load(bundle.file(GOLDEN)))]
         result.greedy_equal = compare_greedy(bundle, session)
         result.prefill_ms, result.decode_ms = times(session)
-        result.roofline_ms = 1e3 * bytes_per_step(bundle, session) / bandwidth
+        if (
+            bundle.manifest.target == "tensorrt" or not bundle.manifest.quantization
+        ):  # else the embedding is rounded, too
+            result.roofline_ms = 1e3 * bytes_per_step(bundle, session) / bandwidth
     except UserError as error:
         result.failure = str(error)
     return result
+
+
+def opened(bundle: Bundle, backend: str) -> Session:
+    """A session of one row on a backend of `backends`."""
+    if backend not in ("onnxruntime", CAPTURED):
+        return open_session(bundle, backend=backend, slots=1, capacity=8)
+    return open_session(bundle, backend="onnxruntime", device="cuda", slots=1, capacity=8, capture=backend == CAPTURED)
 
 
 def bytes_per_step(bundle: Bundle, session: Session) -> int:
@@ -182,7 +171,12 @@ def compare_greedy(bundle: Bundle, loaded: Session) -> str:
         reference = open_session(bundle, backend="onnxruntime", device="cpu", slots=1, capacity=1)
     except UserError as error:
         return f"not compared: {error}"
-    ours, theirs = greedy(loaded), greedy(reference)
+    return equal_tokens(loaded, reference)
+
+
+def equal_tokens(one: Session, other: Session) -> str:
+    """How many of the first greedy tokens two sessions agree on."""
+    ours, theirs = greedy(one), greedy(other)
     equal = next((n for n, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), len(ours))
     return f"{equal}/{len(ours)}"
 
@@ -233,59 +227,6 @@ def copy_bandwidth(cuda: Cuda, size: int = 2**28) -> float:
         stream.wait()
         best = min(best, (time.perf_counter() - started) / 8)
     return 2 * size / best
-
-
-def report(gpu: Gpu, bandwidth: float, results: Sequence[Result], directory: Path) -> None:
-    """One table on stdout, and the same as JSON."""
-    print(f"{gpu.device}, copies at {bandwidth / 1e9:.0f} GB/s")
-    heads = ("bundle", "backend", "3 into 8", "golden", "greedy", "prefill ms", "decode ms", "roofline ms", "")
-    rows = [heads, *(_row(result) for result in results)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    for verdict in (
-        verdicts := {f"{r.backend} {r.precision}": _verdict(r) for r in results if r.backend in FLAVORS}
-    ).values():
-        print(verdict)
-    written = {
-        "schema": 1,
-        "device": gpu.device,
-        "copy_gb_per_s": round(bandwidth / 1e9, 1),
-        "assumption": ASSUMPTION,
-        "verdicts": verdicts,
-        "results": [asdict(result) | {"passed": result.passed} for result in results],
-    }
-    directory.mkdir(parents=True, exist_ok=True)
-    name = "-".join(gpu.name.lower().split())
-    path = directory / f"gpu-{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
-    path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    print(path)
-
-
-def _verdict(result: Result) -> str:
-    if result.causality_error is None:
-        return f"{result.backend} {result.precision}: not settled ({result.failure}): {ASSUMPTION}"
-    holds = result.causality_error <= TOLERANCE[result.precision]
-    found = "holds" if holds else "DOES NOT HOLD, build with --causality mask"
-    return f"{result.backend} {result.version} {result.precision}: {found}: {ASSUMPTION}"
-
-
-def _row(result: Result) -> tuple[str, ...]:
-    def number(value: float | None, form: str = ".3f") -> str:
-        return "-" if value is None else format(value, form)
-
-    right = sum(row["passed"] for row in result.golden)
-    return (
-        result.bundle,
-        f"{result.backend} {result.version}".strip(),
-        number(result.causality_error, ".2g"),
-        f"{right}/{len(result.golden)}" if result.golden else "none",
-        result.greedy_equal,
-        number(result.prefill_ms),
-        number(result.decode_ms),
-        number(result.roofline_ms),
-        result.failure or ("ok" if result.passed else "WRONG"),
-    )
 
 
 if __name__ == "__main__":

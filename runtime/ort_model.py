@@ -32,7 +32,7 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 class OrtModel:
     """A loaded graph; `backend`, `version` and `device` are those of `runtime.session.Session`.
 
-    `failures` are what ONNX Runtime raises when a graph does not run.
+    `failures` are what ONNX Runtime raises when a graph does not run; `captures`: whether runs may become CUDA graphs.
     """
 
     bundle: Bundle
@@ -41,6 +41,23 @@ class OrtModel:
     version: str
     device: str
     failures: tuple[type[Exception], ...]
+    captures: bool = False
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Explain what is raised when a step does not become a CUDA graph.
+
+        Raises:
+            UserError: names the way without.
+        """
+        try:
+            yield
+        except self.failures as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{self.backend} cannot capture a step of {self.bundle.path} as a CUDA graph: {reason}; "
+                "open it without capture"
+            ) from error
 
     @contextmanager
     def running(self, what: str) -> Iterator[None]:
@@ -81,7 +98,9 @@ def import_onnxruntime() -> ModuleType:
         ) from error
 
 
-def load_model(bundle: Bundle, device: str, threads: int | None, part: bytes | None = None) -> OrtModel:
+def load_model(
+    bundle: Bundle, device: str, threads: int | None, part: bytes | None = None, *, capture: bool = False
+) -> OrtModel:
     """Load a bundle's graph, or a part of it.
 
     Args:
@@ -90,10 +109,11 @@ def load_model(bundle: Bundle, device: str, threads: int | None, part: bytes | N
         threads: threads within an operator (default: one per core).
         part: an ONNX model whose external data is the bundle's; it is run a few times, so that weights which operators
             can read as they are stay mapped.
+        capture: whether the graph's runs on `cuda` are to become CUDA graphs.
 
     Raises:
-        UserError: onnxruntime or its CUDA provider is missing, the graph is bf16 or cannot be loaded, or `threads`
-            is out of range.
+        UserError: onnxruntime or its CUDA provider is missing, the graph is bf16 or cannot be loaded or captured, or
+            `threads` is out of range.
     """
     ort = import_onnxruntime()
     if bundle.manifest.activations == "bf16":
@@ -116,10 +136,18 @@ def load_model(bundle: Bundle, device: str, threads: int | None, part: bytes | N
         model: InferenceSession = ort.InferenceSession(
             bundle.file(MODEL) if part is None else part,
             options,
-            providers=[provider, *({_PROVIDERS["cpu"]} - {provider})],
+            providers=[
+                (provider, {"enable_cuda_graph": "1"}) if capture else provider,
+                *({_PROVIDERS["cpu"]} - {provider}),
+            ],
         )
     except errors as error:
         reason = " ".join(str(error).split())[:300]
+        if "graph capture" in reason:  # its words where operators are on the host, or data goes there and back
+            raise UserError(
+                f"onnxruntime {ort.__version__} refuses to capture {bundle.file(MODEL)}: {reason}; "
+                "export the bundle again, or open it without capture"
+            ) from error
         raise UserError(
             f"onnxruntime {ort.__version__} cannot load {bundle.file(MODEL)}: {reason}; "
             "check the bundle (nemotron-export selftest), or export it again"
@@ -130,7 +158,9 @@ def load_model(bundle: Bundle, device: str, threads: int | None, part: bytes | N
             "pip install 'nemotron-export[gpu]' in an environment of its own, or use --device cpu"
         )
     name = cpu_name() if device == "cpu" else cuda_name()
-    return OrtModel(bundle, model, f"onnxruntime-{device}", str(ort.__version__), name, (RuntimeError, *errors))
+    return OrtModel(
+        bundle, model, f"onnxruntime-{device}", str(ort.__version__), name, (RuntimeError, *errors), capture
+    )
 
 
 def _options(ort: ModuleType, bundle: Bundle, threads: int | None) -> SessionOptions:

@@ -6,22 +6,20 @@ Both targets' graphs run here; that of target `tensorrt` as the fallback where t
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+import itertools
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bundle import Bundle
-from runtime.contract import LOGITS, past_names, present_names
+from runtime.contract import LOGITS
 from runtime.errors import UserError
 from runtime.kv_cache import KVCache, numpy_dtype
+from runtime.ort_binding import Bound, DeviceBound, HostBound
 from runtime.ort_model import import_onnxruntime, load_model
 from runtime.session import Floats, Ints
 from runtime.steps import Limits, Step, check_allocation, contract_of
-
-if TYPE_CHECKING:
-    from onnxruntime import IOBinding
 
 __all__ = ["OrtSession", "import_onnxruntime"]
 
@@ -40,6 +38,7 @@ class OrtSession:
         slots: int = 1,
         capacity: int | None = None,
         threads: int | None = None,
+        capture: bool = False,
     ) -> None:
         """Load the graph and allocate the cache.
 
@@ -49,9 +48,11 @@ class OrtSession:
             slots: rows of the cache.
             capacity: tokens per row (default and maximum: the bundle's `max_length`).
             threads: threads within an operator (default: one per core).
+            capture: whether decode steps become CUDA graphs: of target `onnxruntime`, on `cuda`. It has not run on
+                hardware yet. One thread may use such a session: ONNX Runtime captures for each thread anew.
 
         Raises:
-            UserError: onnxruntime or its CUDA provider is missing, the graph cannot be loaded, the bundle
+            UserError: onnxruntime or its CUDA provider is missing, the graph cannot be loaded or captured, the bundle
                 is of an unknown target, another task or bf16, or a number is out of range.
         """
         import_onnxruntime()  # the first thing to know
@@ -59,7 +60,13 @@ class OrtSession:
             raise UserError(f"{bundle.path} is for {bundle.manifest.task}; export it with --task text-generation")
         self._contract = contract_of(bundle)
         numpy_dtype(bundle.cache_geometry.dtype)  # refused here, where the user reads why, not by a missing kernel
-        self._loaded = load_model(bundle, device, threads)
+        if capture and (device != "cuda" or bundle.manifest.target != "onnxruntime"):
+            raise UserError(
+                f"CUDA graphs are captured of bundles of target onnxruntime on --device cuda, not of {bundle.path}, "
+                f"of target {bundle.manifest.target}, on {device}; open it without capture"
+            )
+        self._loaded = load_model(bundle, device, threads, capture=capture)
+        self._graphs = itertools.count(1)  # ids, of all sessions on this model
         self.backend, self.version, self.device = self._loaded.backend, self._loaded.version, self._loaded.device
         self.choice = ""
         self.max_slots: int | None = None
@@ -109,58 +116,26 @@ class OrtSession:
 
     def _run_neighbours(self, step: Step, logits: NDArray[Any]) -> None:
         """Run rows of consecutive slots."""
-        bound = self._bound(int(step.slots[0]), len(step.tokens))
-        for name, array in self._contract.feeds(step).items():
-            bound.feed(name, array)
-        binding = bound.binding
-        if isinstance(self._kept, str) or self._kept == step.keep:
-            binding.bind_output(LOGITS, "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
-            self._execute(binding)
-            return
-        # A graph that declares one row of logits refuses a larger buffer: let ONNX Runtime make its own.
-        binding.bind_output(LOGITS, "cpu")
-        self._execute(binding)
-        logits[...] = binding.get_outputs()[0].numpy()
+        decodes = self._placement == "cuda" and step.tokens.shape[1] == 1 and step.keep == 1
+        bound = self._bound(int(step.slots[0]), len(step.tokens), decodes)
+        feeds = self._contract.feeds(step, self.capacity if decodes else None)
+        # A graph that declares one row of logits refuses a larger buffer: then ONNX Runtime makes its own.
+        bound.run(feeds, logits, declared=isinstance(self._kept, str) or self._kept == step.keep)
 
-    def _execute(self, binding: IOBinding) -> None:
-        with self._loaded.running("a step"):
-            self._loaded.model.run_with_iobinding(binding)
-
-    def _bound(self, first_slot: int, batch: int) -> _Bound:
-        """The binding of past and present to `batch` cache rows from `first_slot` on; made once."""
-        if (first_slot, batch) not in self._bindings:
-            binding = self._loaded.model.io_binding()
-            binding.bind_output(LOGITS, "cpu")  # the first of the outputs
-            shape = (batch, *self.cache.shape[1:])
-            for layer in range(self.cache.layers):
-                addresses = self.cache.addresses(layer, first_slot)
-                names = zip(past_names(layer), present_names(layer), addresses, strict=True)
-                for past, present, address in names:
-                    place = (self._placement, 0, self.cache.dtype.type, shape, address)
-                    binding.bind_input(past, *place)
-                    binding.bind_output(present, *place)
-            self._bindings[first_slot, batch] = _Bound(binding, {})
-        return self._bindings[first_slot, batch]
+    def _bound(self, first_slot: int, batch: int, decodes: bool) -> Bound:
+        """The binding of `batch` cache rows from `first_slot` on; made once. Decode steps of a GPU have their own."""
+        key = (first_slot, batch, decodes)
+        if key not in self._bindings:
+            rows = (self._loaded, self.cache, first_slot, batch)
+            if self._placement == "cpu":
+                self._bindings[key] = HostBound(*rows)
+            else:
+                graph = next(self._graphs) if decodes and self._loaded.captures else None
+                self._bindings[key] = DeviceBound(*rows, graph)
+        return self._bindings[key]
 
     def _allocate(self, slots: int, capacity: int) -> None:
         check_allocation(slots, capacity, self.max_capacity, self._bundle.path)
         self.slots, self.capacity = slots, capacity
         self.cache = KVCache(self._bundle.cache_geometry, slots, capacity, self._placement)
-        self._bindings: dict[tuple[int, int], _Bound] = {}
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """A binding, and the arrays that its inputs but for the cache are read from, by the inputs' names."""
-
-    binding: IOBinding
-    inputs: dict[str, NDArray[Any]]
-
-    def feed(self, name: str, array: NDArray[Any]) -> None:
-        """Give an input its content: in place where the last step's had the same shape."""
-        held = self.inputs.get(name)
-        if held is not None and held.shape == array.shape:
-            held[...] = array
-            return
-        own = self.inputs[name] = array.copy()  # the next step writes into it, and this one may be the caller's
-        self.binding.bind_input(name, "cpu", 0, own.dtype.type, own.shape, own.ctypes.data)
+        self._bindings: dict[tuple[int, int, bool], Bound] = {}

@@ -103,6 +103,7 @@ def open_session(
     slots: int = 1,
     capacity: int | None = None,
     threads: int | None = None,
+    capture: bool = False,
 ) -> Session:
     """Load a bundle's model on a backend.
 
@@ -113,6 +114,8 @@ def open_session(
         slots: rows of the cache, the largest batch a step can take.
         capacity: tokens per row (default and maximum: the bundle's `max_length`, or the engine's).
         threads: threads within an operator of ONNX Runtime (default: one per core).
+        capture: whether decode steps of ONNX Runtime on `cuda` become CUDA graphs, see `OrtSession`; TensorRT's do
+            anyway.
 
     Raises:
         UserError: unknown backend or device, a capacity beyond the bundle's, a backend that is not installed, or
@@ -124,6 +127,8 @@ def open_session(
         from runtime.forward import open_forward
         from runtime.recompute_session import RecomputeSession
 
+        if capture:
+            raise UserError(f"{opened.path} has no cache, so no steps of one shape to capture; open it without capture")
         forward = open_forward(opened, backend=backend, device=device, threads=threads)
         return RecomputeSession(opened, forward, slots=slots, capacity=capacity)
     chosen, why = _choose(opened, backend, device)
@@ -140,7 +145,9 @@ def open_session(
     from runtime.ort_session import OrtSession
 
     try:
-        session = OrtSession(opened, device=device or "cpu", slots=slots, capacity=capacity, threads=threads)
+        session = OrtSession(
+            opened, device=device or "cpu", slots=slots, capacity=capacity, threads=threads, capture=capture
+        )
     except UserError as error:
         if not why:
             raise

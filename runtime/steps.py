@@ -80,8 +80,11 @@ class GraphContract(Protocol):
         """Cut a step into runs of rows that the graph can take at once, on its cache as it lies in memory."""
         ...
 
-    def feeds(self, step: Step) -> Mapping[str, NDArray[Any]]:
-        """The graph's inputs but for the cache, for rows that run together; each array is contiguous."""
+    def feeds(self, step: Step, capacity: int | None = None) -> Mapping[str, NDArray[Any]]:
+        """The graph's inputs but for the cache, for rows that run together; each array is contiguous.
+
+        Given the cache's capacity, no shape depends on the past: for steps of one token.
+        """
         ...
 
 
@@ -96,12 +99,13 @@ class MaskContract:
 
         return _runs(step.slots, together)
 
-    def feeds(self, step: Step) -> dict[str, Ints]:
-        """Tokens, mask [batch, total] and how many logits are kept."""
+    def feeds(self, step: Step, capacity: int | None = None) -> dict[str, Ints]:
+        """Tokens, mask [batch, total or capacity] and how many logits are kept."""
         valid = step.past + step.lengths
+        total = valid.max() if capacity is None else capacity
         return {
             INPUT_IDS: np.ascontiguousarray(step.tokens),
-            ATTENTION_MASK: (np.arange(valid.max()) < valid[:, None]).astype(np.int64),
+            ATTENTION_MASK: (np.arange(total) < valid[:, None]).astype(np.int64),
             LOGITS_TO_KEEP: np.array([step.keep], np.int64),
         }
 
@@ -117,7 +121,7 @@ class IndexContract:
 
         return _runs(step.slots, together)
 
-    def feeds(self, step: Step) -> dict[str, Ints]:
+    def feeds(self, step: Step, capacity: int | None = None) -> dict[str, Ints]:  # noqa: ARG002 - shapes never do
         """Tokens, where each row's are written, and the columns whose logits are wanted, none below 0."""
         return {
             INPUT_IDS: np.ascontiguousarray(step.tokens),
@@ -141,9 +145,9 @@ class BundleContract:
         """As the target's graphs are split."""
         return self.base.split(step, capacity)
 
-    def feeds(self, step: Step) -> dict[str, NDArray[Any]]:
+    def feeds(self, step: Step, capacity: int | None = None) -> dict[str, NDArray[Any]]:
         """The target's inputs, positions [batch, sequence] from each row's past on, and looked-up embeddings."""
-        feeds: dict[str, NDArray[Any]] = dict(self.base.feeds(step))
+        feeds: dict[str, NDArray[Any]] = dict(self.base.feeds(step, capacity))
         if self.positions:
             feeds[POSITION_IDS] = step.past[:, None] + np.arange(step.tokens.shape[1])
         if self.embeddings is not None:

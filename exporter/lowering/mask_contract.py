@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from exporter.passes.last_tokens import CONTRACT, last_columns, logits_to_keep, rightmost
+from exporter.passes.last_tokens import CONTRACT, last_columns, logits_to_keep, range_before, rightmost
 from plugins.nodes import Nodes
 from plugins.onnxruntime import lower_to_group_query_attention
 from runtime.contract import ATTENTION_MASK, LOGITS, LOGITS_INDICES, WRITE_INDICES
@@ -14,8 +14,13 @@ from runtime.contract import ATTENTION_MASK, LOGITS, LOGITS_INDICES, WRITE_INDIC
 def adopt_mask(graph: ir.Graph) -> list[str]:
     """Replace `write_indices` and `logits_indices` by `attention_mask` [batch, total] and `logits_to_keep` [1].
 
-    A mask has ones for a row's real tokens, cached and new, then zeros. A row that starts with 0, which is padded on
-    the left, gets NaN logits: GroupQueryAttention would silently attend to the wrong keys.
+    A mask has ones for a row's real tokens, cached and new, then zeros; in a step of one token as many as one likes, so
+    that its shape need not change with the past. A row that starts with 0, which is padded on the left, gets NaN
+    logits: GroupQueryAttention would silently attend to the wrong keys.
+
+    What comes of shapes and of `logits_to_keep` is computed apart from what comes of the mask's content, up to a Range:
+    ONNX Runtime's CUDA provider computes the former on the host, the latter on the device, and captures no graph in
+    which one is copied to the other.
 
     Returns:
         What the attention's operator could not do itself.
@@ -32,9 +37,7 @@ def adopt_mask(graph: ir.Graph) -> list[str]:
     most = before("Cast", before("Squeeze", total), to=ir.DataType.INT32)
     fallbacks = lower_to_group_query_attention(graph, last_key, most, lambda: _positions(before, valid, sequence))
     if LOGITS_INDICES in inputs:
-        past = before("Sub", total, sequence)
-        last = before("Sub", before("Sub", valid, before.constant("one", 1)), past)  # [batch]
-        _keep_last(graph, before, last)
+        _keep_last(graph, before, valid, before("Sub", sequence, total))
     _poison_left_padding(graph, before, after, mask)
     graph.insert_before(next(iter(graph)), before.take())
     graph.extend(after.take())
@@ -49,28 +52,28 @@ def keep_last_tokens(graph: ir.Graph) -> None:
         return
     before = Nodes(graph, CONTRACT)
     real = before("Not", before("Equal", inputs[ATTENTION_MASK], before.constant("zero", 0)))
-    _keep_last(graph, before, rightmost(before, real))
+    _keep_last(graph, before, rightmost(before, real), before.constant("behind", [1]))
     graph.insert_before(next(iter(graph)), before.take())
     logits = next(value for value in graph.outputs if value.name == LOGITS)
     assert logits.shape is not None
     logits.shape = ir.Shape(["batch", 1, logits.shape[-1]])
 
 
-def _keep_last(graph: ir.Graph, nodes: Nodes, last: ir.Value) -> None:
+def _keep_last(graph: ir.Graph, nodes: Nodes, ends: ir.Value, shift: ir.Value) -> None:
     keep = logits_to_keep()
     graph.inputs.append(keep)
     graph.initializers.add(keep)
     asked = next(value for value in graph.inputs if value.name == LOGITS_INDICES)
-    ir.convenience.replace_all_uses_with(asked, last_columns(nodes, last, keep))
+    ir.convenience.replace_all_uses_with(asked, last_columns(nodes, ends, shift, keep))
     graph.inputs.remove(asked)
 
 
 def _positions(nodes: Nodes, valid: ir.Value, sequence: ir.Value) -> ir.Value:
     """Each token's position: a row's new tokens end its valid keys, or, in a prefill, start at 0 before padding."""
-    zero, one = nodes.constant("zero", 0), nodes.constant("one", 1)
-    starts = nodes("Max", nodes("Sub", valid, sequence), zero)
-    steps = nodes("Range", zero, nodes("Squeeze", sequence), one)
-    return nodes("Add", nodes("Unsqueeze", starts, nodes.constant("axis_1", [1])), steps)
+    ends = nodes("Unsqueeze", valid, nodes.constant("axis_1", [1]))
+    nothing = nodes("Sub", sequence, sequence)  # no constant: the Squeeze of one would be computed on the device
+    counted_back = nodes("Add", ends, range_before(nodes, nothing, sequence))
+    return nodes("Max", counted_back, range_before(nodes, sequence, sequence))
 
 
 def _poison_left_padding(graph: ir.Graph, before: Nodes, after: Nodes, mask: ir.Value) -> None:

@@ -11,19 +11,23 @@ from runtime.contract import LOGITS_TO_KEEP
 CONTRACT = "contract"  # what the nodes here are for, in the names of their constants
 
 
-def last_columns(nodes: Nodes, last: ir.Value, keep: ir.Value) -> ir.Value:
+def last_columns(nodes: Nodes, ends: ir.Value, shift: ir.Value, keep: ir.Value) -> ir.Value:
     """Columns of each row's last `keep` tokens, none below 0: int64 [batch, keep].
 
     Args:
         nodes: where the nodes go.
-        last: int64 [batch], the column of each row's last token.
+        ends: int64 [batch]; with `shift`, the column behind each row's last token.
+        shift: int64 [1], to be added to `ends`.
         keep: int64 [1].
     """
-    zero, one = nodes.constant("zero", 0), nodes.constant("one", 1)
-    count = nodes("Squeeze", keep)
-    back = nodes("Sub", nodes("Range", zero, count, one), nodes("Sub", count, one))  # 1 - keep … 0
-    column = nodes("Unsqueeze", last, nodes.constant("axis_1", [1]))
-    return nodes("Max", nodes("Add", column, back), zero)
+    column = nodes("Unsqueeze", ends, nodes.constant("axis_1", [1]))
+    return nodes("Max", nodes("Add", column, range_before(nodes, shift, keep)), nodes.constant("zero", 0))
+
+
+def range_before(nodes: Nodes, limit: ir.Value, count: ir.Value) -> ir.Value:
+    """The `count` numbers that end below `limit`, each int64 [1]: int64 [count]."""
+    start = nodes("Squeeze", nodes("Sub", limit, count))
+    return nodes("Range", start, nodes("Squeeze", limit), nodes.constant("one", 1))
 
 
 def rightmost(nodes: Nodes, chosen: ir.Value) -> ir.Value:

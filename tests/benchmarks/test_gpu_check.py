@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_ort_cuda import play_cuda
 from fake_tensorrt import FakeCuda, plan_of
 
 import benchmarks.__main__ as bench
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_report
+from exporter.export import ExportOptions, export
 from runtime.bundle import Bundle
 from runtime.cuda import Cuda, Gpu
 from runtime.ort_session import OrtSession
@@ -47,16 +49,34 @@ def test_greedy_tokens_are_compared_with_the_cpus(session, tensorrt_bundle_of):
     assert gpu_check.compare_greedy(Bundle.open(tensorrt_bundle_of("fp32")), session) == "32/32"
 
 
+def test_captured_steps_are_compared_with_those_that_are_not(tiny_checkpoint, tmp_path, monkeypatch):
+    recipe = tmp_path / "int4-fp16.toml"
+    recipe.write_text('activations = "fp16"\n')
+    options = ExportOptions(precision="int4", recipe=str(recipe), fp16_safe=False, verify=False)
+    path = export(tiny_checkpoint, tmp_path / "bundle", options).bundle
+    monkeypatch.setattr(gpu_check, "PREFILL_TOKENS", 8)
+    play_cuda(monkeypatch)
+    assert gpu_check.backends(path) == ["onnxruntime", gpu_check.CAPTURED]
+    results = [gpu_check.check(path, backend, 1e9) for backend in gpu_check.backends(path)]
+    assert [(r.backend, r.uncaptured_equal, r.failure) for r in results] == [
+        ("onnxruntime-cuda", "", ""),
+        ("onnxruntime-cuda, captured", "32/32", ""),
+    ]
+    assert all(result.passed for result in results)
+    results[1].uncaptured_equal = "31/32"
+    assert not results[1].passed
+
+
 def test_times_are_of_one_prefill_and_one_token(session):
     prefill, decode = gpu_check.times(session)
     assert prefill > decode > 0
 
 
 def test_the_table_and_the_json_say_whether_the_assumption_holds(tmp_path, capsys):
-    right = gpu_check.Result("b", "fp16", "tensorrt", "11.4", causality_error=0.01, decode_ms=1.5)
-    wrong = gpu_check.Result("b", "fp16", "tensorrt-rtx", "1.7", causality_error=3.0)
-    failed = gpu_check.Result("b", "bf16", "tensorrt", failure="no engine")
-    gpu_check.report(Gpu("NVIDIA L4", "8.9"), 3e11, [right, wrong, failed], tmp_path)
+    right = gpu_report.Result("b", "fp16", "tensorrt", "11.4", causality_error=0.01, decode_ms=1.5)
+    wrong = gpu_report.Result("b", "fp16", "tensorrt-rtx", "1.7", causality_error=3.0)
+    failed = gpu_report.Result("b", "bf16", "tensorrt", failure="no engine")
+    gpu_report.report(Gpu("NVIDIA L4", "8.9"), 3e11, [right, wrong, failed], tmp_path)
     (path,) = tmp_path.glob("gpu-nvidia-l4-*.json")
     written = json.loads(path.read_text())
     assert written["verdicts"]["tensorrt fp16"].startswith("tensorrt 11.4 fp16: holds: lower-right causality counts")
@@ -92,7 +112,7 @@ def test_a_machine_with_a_gpu_gets_its_table_and_its_json(gpu_host, tmp_path, mo
 def test_the_assumption_is_the_one_that_engines_record():
     from plugins.tensorrt_network import LENGTHS_ASSUMPTION
 
-    assert gpu_check.ASSUMPTION == LENGTHS_ASSUMPTION
+    assert gpu_report.ASSUMPTION == LENGTHS_ASSUMPTION
 
 
 def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from cuda_placement import Placement
 from transformers import NemotronForCausalLM
 
 from exporter.lowering import lower
@@ -99,6 +101,17 @@ def test_lowering_again_changes_nothing(traced: Any) -> None:
     before = [(node.op_type, [v.name if v else None for v in node.inputs]) for node in model.graph]
     assert lower(model, "onnxruntime", 2).attention == "GroupQueryAttention"
     assert [(node.op_type, [v.name if v else None for v in node.inputs]) for node in model.graph] == before
+
+
+@pytest.mark.parametrize("config", [{}, {"partial_rotary_factor": 0.75}], ids=["rotation inside", "rotation apart"])
+def test_nothing_is_copied_between_host_and_device_which_would_keep_steps_from_being_captured(
+    traced: Any, config: dict[str, Any]
+) -> None:
+    model = fused(traced, num_hidden_layers=1, **config)
+    lower(model, "onnxruntime", 1)
+    placement = Placement(ir.to_proto(model).graph)
+    assert placement.copies == []
+    assert placement.inputs_on_host == {"logits_to_keep"}
 
 
 def test_an_unknown_target_lists_the_known(traced: Any) -> None:

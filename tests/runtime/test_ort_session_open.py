@@ -1,19 +1,17 @@
-"""Opening a session: what is refused, and what happens on a GPU as far as a CPU can tell."""
+"""Opening a session: what is refused."""
 
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnxruntime
 import pytest
 from corruptions import redescribe
+from fake_ort_cuda import play_cuda
 
 from runtime.bundle import Bundle
-from runtime.contract import past_names, present_names
 from runtime.errors import UserError
 from runtime.manifest import Quantization
 from runtime.ort_session import OrtSession
@@ -83,61 +81,8 @@ def test_on_a_gpu_activations_decide_not_the_name_of_the_precision(
         open_session(replace(bundle, manifest=manifest), device="cuda")
 
 
-@pytest.fixture
-def cuda_played_by_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Device memory is the host's, the CUDA provider the CPU's; the list gets the names bound on the device."""
-    bound: list[str] = []
-    allocate = onnxruntime.OrtValue.ortvalue_from_shape_and_type
-
-    class Binding(onnxruntime.IOBinding):
-        def bind_input(self, name: str, device: str, *args: Any) -> None:
-            super().bind_input(name, self._host(name, device), *args)
-
-        def bind_output(self, name: str, device: str, *args: Any) -> None:
-            super().bind_output(name, self._host(name, device), *args)
-
-        def _host(self, name: str, device: str) -> str:
-            bound.extend([name] if device == "cuda" else [])
-            return "cpu"
-
-    class Model(onnxruntime.InferenceSession):
-        def __init__(self, path: Path, options: Any, providers: list[str]) -> None:
-            assert providers == ["CUDAExecutionProvider", "CPUExecutionProvider"]
-            super().__init__(path, options, providers=["CPUExecutionProvider"])
-
-        def get_providers(self) -> list[str]:
-            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-
-        def io_binding(self) -> Binding:
-            return Binding(self)
-
-    monkeypatch.setattr(
-        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    )
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Model)
-    monkeypatch.setattr(
-        onnxruntime.OrtValue, "ortvalue_from_shape_and_type", lambda shape, dtype, *_: allocate(shape, dtype, "cpu", 0)
-    )
-    return bound
-
-
-def test_on_a_gpu_the_cache_stays_there_and_the_rest_is_small(
-    bundle_dir: Path, session: OrtSession, cuda_played_by_cpu: list[str]
-) -> None:
-    on_gpu = OrtSession(Bundle.open(bundle_dir), device="cuda", slots=3, capacity=20)
-    assert on_gpu.backend == "onnxruntime-cuda"
-    prompts, lengths = np.array([[5, 6, 7, 8], [9, 10, 0, 0]]), np.array([4, 2])
-    for tokens, new, past in ((prompts, lengths, lengths * 0), (prompts[:, :1], lengths // lengths, lengths)):
-        np.testing.assert_allclose(on_gpu.step(tokens, new, past), session.step(tokens, new, past), atol=1e-5)
-    caches = [name for n in range(2) for name in (*past_names(n), *present_names(n))]
-    assert sorted(cuda_played_by_cpu) == sorted(caches)  # once, for both steps
-    np.testing.assert_allclose(on_gpu.cache.read(1)[0][0, :, :5], session.cache.read(1)[0][0, :, :5], atol=1e-5)
-
-
-def test_a_cuda_provider_that_does_not_start_is_named(
-    bundle_dir: Path, cuda_played_by_cpu: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda _: ["CPUExecutionProvider"])
+def test_a_cuda_provider_that_does_not_start_is_named(bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(play_cuda(monkeypatch), "get_providers", lambda _: ["CPUExecutionProvider"])
     with pytest.raises(UserError, match=r"CUDAExecutionProvider did not start .* or use --device cpu"):
         OrtSession(Bundle.open(bundle_dir), device="cuda")
 
