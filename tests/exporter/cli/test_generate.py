@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ def test_one_prompt_is_streamed_alone_on_stdout(cli, model):
     model.answers = [[" the", " Sun", "."]]
     outcome = cli("generate", "b", "-p", "It is")
     assert (outcome.code, outcome.out) == (0, " the Sun.\n")
-    assert outcome.err.startswith("3 prompt tokens · 2 new (eos) · load 0.50 s")
+    assert re.match(r"3 prompt tokens · 2 new \(eos\) · start \d+\.\d\d s · load 0\.50 s", outcome.err)
     assert outcome.err.endswith("123.4 tokens/s · onnxruntime-cpu\n")
 
 
