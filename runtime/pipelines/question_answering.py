@@ -31,7 +31,8 @@ class AnswerArguments(TypedDict, total=False):
 class QuestionAnsweringPipeline(Pipeline[QuestionAnswerer]):
     """A bundle of task question-answering.
 
-    Answers begin and end where tokens do, as with transformers' `align_to_words=False`.
+    Answers begin and end where tokens do, as with transformers' `align_to_words=False`. Of several, those that say the
+    same in other places stay apart; transformers makes one of them and adds up their scores.
     """
 
     task: ClassVar[str] = "question-answering"
