@@ -11,6 +11,9 @@
 >>> load("./sentiment").classify(["Well done."])[0].labels[0]
 >>> load("./names").tag(["Galileo looked at Jupiter."])[0].entities()
 >>> load("./answers").answer("What is red?", "Mars is red with rust.")[0].text
+
+>>> from runtime import pipeline  # arguments and results as transformers' pipelines have them
+>>> pipeline("text-generation", "./bundle")("Our solar system is", do_sample=False)[0]["generated_text"]
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
+from runtime.pipelines import pipeline
+
 if TYPE_CHECKING:
     from runtime.predict.features import FeatureExtractor
     from runtime.predict.question_answering import QuestionAnswerer
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
     from runtime.predict.token_classification import TokenClassifier
     from runtime.text_generation import TextGenerator
 
-__all__ = ["load"]
+__all__ = ["load", "pipeline"]
 
 
 class Placement(TypedDict, total=False):

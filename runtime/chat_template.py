@@ -16,6 +16,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from runtime.errors import UserError
 
+_CUT = "CUT_THE_TEXT_HERE "  # its space tells whether a template trims messages
+
 
 class _GenerationBlock(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's words for training; here its body is simply rendered."""
@@ -57,11 +59,39 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the conversation, or does what the sandbox forbids.
         """
+        return self._rendered(messages, special_tokens, add_generation_prompt=True)
+
+    def render_unfinished(self, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str]) -> str:
+        """The conversation's text, up to the end of what its last message says; what closes a turn is left out.
+
+        Raises:
+            UserError: as `render`; or the last message is no text, or the template does not show all of it.
+        """
+        *before, last = messages
+        content = last.get("content")
+        if not isinstance(content, str):
+            raise UserError(
+                f"only a message of text can be gone on with; found {type(content).__name__} as its content"
+            )
+        marked = {**last, "content": content + _CUT}
+        text = self._rendered([*before, marked], special_tokens, add_generation_prompt=False)
+        if content.strip() not in text or _CUT.strip() not in text:
+            raise UserError(f"{self._path} leaves out what the last message says, so it cannot be gone on with")
+        at = text.rindex(_CUT.strip())
+        return text[:at] if text.startswith(_CUT, at) else text[:at].rstrip()  # else the template trims what is said
+
+    def _rendered(
+        self, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str], *, add_generation_prompt: bool
+    ) -> str:
         # Templates see plain JSON only, and a key without a value is a key that is not there.
         plain = json.loads(json.dumps([{k: v for k, v in m.items() if v is not None} for m in messages]))
         try:
             return self._template.render(
-                messages=plain, tools=None, documents=None, add_generation_prompt=True, **special_tokens
+                messages=plain,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **special_tokens,
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise self._refusal(error) from error

@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
         greedy: take the most likely token each time.
         temperature, top_k, top_p, min_p, repetition_penalty, seed: see `runtime.sampling.Sampling`.
         stop: one or more strings that end a row; they are not part of its text.
+        eos_token_ids: tokens that end a row (the checkpoint's).
         ignore_eos: go on after the tokens that end a text.
         max_length: tokens a row may hold, prompt included (default and maximum: the bundle's, or the engine's).
         prefill_chunk: tokens of a prompt per step (all; where requests join and leave, 256).
@@ -45,6 +46,7 @@ class Options(TypedDict, total=False):
     repetition_penalty: float | None
     seed: int | None
     stop: str | Sequence[str]
+    eos_token_ids: Sequence[int] | None
     ignore_eos: bool
     max_length: int | None
     prefill_chunk: int | None
@@ -55,6 +57,7 @@ class TextGenerator:
     """A bundle on a backend. Each call has a cache of its own; the weights are shared.
 
     `remarks` are what a user should know of it: why this backend, and that it was not checked where it was not.
+    `max_length` is the longest a row may be, `max_slots` how many may run at once; None where memory alone limits them.
     `load_s` are the seconds that loading took, `check_s` those of them that went into proving the bundle here.
     """
 
@@ -64,6 +67,7 @@ class TextGenerator:
         self.backend, self.device = session.backend, session.device
         self.remarks = remarks(bundle, session.choice)
         self.max_length = session.max_capacity
+        self.max_slots = session.max_slots
         self._session = session
         self.load_s, self.check_s = load_s, check_s
 
@@ -101,13 +105,14 @@ class TextGenerator:
         session = self._session.reopen(slots=slots, capacity=self.max_length if max_length is None else max_length)
         return RunningBatch(self, Scheduler(session, self.tokenizer))
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> list[int]:
         """A conversation as a prompt: token ids up to where the assistant's next turn begins.
 
         Args:
             messages: `{"role": "user", "content": …}` and so on, oldest first.
+            continue_final_message: end within the last message instead, for the model to go on with it.
         """
-        return self.tokenizer.encode_chat(messages)
+        return self.tokenizer.encode_chat(messages, continue_final_message=continue_final_message)
 
     def encode(self, prompt: Prompt) -> Sequence[int]:
         """A prompt's token ids.
@@ -135,7 +140,9 @@ class TextGenerator:
                 f"max_length should be within 1..{limit}, what {self.bundle.path} has on {self.backend}; "
                 f"found {capacity}"
             )
-        stop = options.get("stop", ())
+        stop, ends = options.get("stop", ()), options.get("eos_token_ids")
+        if ends is None:
+            ends = list(self.bundle.eos_token_ids)
         return Settings(
             capacity=capacity,
             max_new_tokens=options.get("max_new_tokens", 256),
@@ -149,7 +156,7 @@ class TextGenerator:
                 repetition_penalty=options.get("repetition_penalty"),
                 seed=options.get("seed"),
             ),
-            eos_token_ids=frozenset() if options.get("ignore_eos") else self.bundle.eos_token_ids,
+            eos_token_ids=frozenset(() if options.get("ignore_eos") else ends),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             prefill_chunk=options.get("prefill_chunk"),
             prompt_lookup=options.get("prompt_lookup", False),

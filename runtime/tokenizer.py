@@ -80,26 +80,50 @@ class Tokenizer:
         special = [bool(flag) for flag in found.special_tokens_mask]
         return Encoded(list(found.ids), list(found.offsets), special, list(found.sequence_ids))
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn.
 
         Args:
             messages: `{"role": "user", "content": …}` and so on, oldest first.
+            continue_final_message: end within the last message instead, for the model to go on with it.
 
         Raises:
             UserError: no messages, no chat template, or the template refuses the conversation.
         """
-        return list(self._tokenizer.encode(self.render_chat(messages), add_special_tokens=False).ids)
+        text = self.render_chat(messages, continue_final_message=continue_final_message)
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
+    def render_chat(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> str:
         """The conversation as the text the model was trained on, up to where the assistant's turn begins."""
         if not messages:
             raise UserError("a chat needs at least one message")
-        return self._chat_template.render(messages, self._special_tokens)
+        template = self._chat_template
+        render = template.render_unfinished if continue_final_message else template.render
+        return render(messages, self._special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the token ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def token(self, token_id: int) -> str:
+        """A token as the vocabulary spells it; empty where there is none of this id."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def join(self, tokens: Sequence[str]) -> str:
+        """The text of tokens in the vocabulary's spelling, as transformers' `convert_tokens_to_string` has it."""
+        decoder = self._tokenizer.decoder
+        return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The token that stands for what the vocabulary lacks, if the checkpoint names one."""
+        token = self._special_tokens.get("unk_token")
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    @cached_property
+    def marks_subwords(self) -> bool:
+        """Whether the vocabulary spells a token that goes on with a word otherwise than one that begins it."""
+        return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))
 
     def stream(self) -> StreamDecoder:
         """A decoder for one growing sequence."""
@@ -111,7 +135,7 @@ class Tokenizer:
 
     def is_byte(self, token_id: int) -> bool:
         """Whether the token stands for one byte; runs of such tokens become text only together."""
-        return _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token_id) or "") is not None
+        return _BYTE_TOKEN.fullmatch(self.token(token_id)) is not None
 
     @cached_property
     def _chat_template(self) -> ChatTemplate:

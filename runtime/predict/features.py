@@ -45,11 +45,24 @@ class FeatureExtractor(Predictor):
         """
         if pooling not in ("mean", "last"):
             raise UserError(f"unknown pooling {pooling!r}; known: mean, last")
-        vectors = []
-        for text, outputs in self._rows(self._encode(texts), batch_size):
-            states = outputs[LAST_HIDDEN_STATE][: len(text.ids)]
-            vectors.append(states.mean(0) if pooling == "mean" else states[-1])
-        embeddings: Floats = np.stack(vectors)
+        found = self.hidden_states(texts, batch_size=batch_size)
+        embeddings: Floats = np.stack([states.mean(0) if pooling == "mean" else states[-1] for states in found])
         if normalize:
             embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
         return embeddings
+
+    def hidden_states(self, texts: str | Sequence[str], *, batch_size: int = BATCH) -> list[Floats]:
+        """The last hidden states of each text's tokens, special ones included, padding not.
+
+        Args:
+            texts: a text, or several.
+            batch_size: texts that run at once.
+
+        Returns:
+            For each text float32 [tokens, hidden].
+
+        Raises:
+            UserError: no text, an empty or too long one.
+        """
+        rows = self._rows(self._encode(texts), batch_size)
+        return [outputs[LAST_HIDDEN_STATE][: len(text.ids)] for text, outputs in rows]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bundle import Bundle
 from runtime.contract import LOGITS
+from runtime.errors import UserError
 from runtime.forward import ForwardSession
 from runtime.predict.labels import labels_of
 from runtime.predict.predictor import BATCH, Predictor, softmax
 from runtime.session import Floats
+
+Function = Literal["softmax", "sigmoid", "none"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class TextClassifier(Predictor):
         super().__init__(bundle, session)
         self.labels = labels_of(bundle)
 
-    def classify(self, texts: str | Sequence[str], *, batch_size: int = BATCH) -> list[Classification]:
+    def classify(
+        self, texts: str | Sequence[str], *, function_to_apply: Function | None = None, batch_size: int = BATCH
+    ) -> list[Classification]:
         """Score every class for each text, as transformers' pipeline does.
 
         Scores are probabilities that sum to 1; with problem_type multi_label_classification, or one label, each on
@@ -53,22 +58,35 @@ class TextClassifier(Predictor):
 
         Args:
             texts: a text, or several.
+            function_to_apply: what makes scores of logits, whatever the problem_type.
             batch_size: texts that run at once.
 
         Raises:
-            UserError: no text, an empty or too long one.
+            UserError: no text, an empty or too long one, or another function.
         """
+        if function_to_apply not in (None, *get_args(Function)):
+            raise UserError(f"unknown function_to_apply {function_to_apply!r}; known: {', '.join(get_args(Function))}")
+        function = function_to_apply or self._function
         results = []
         for _, outputs in self._rows(self._encode(texts), batch_size):
-            scores = self._scores(outputs[LOGITS])
+            scores = _scores(outputs[LOGITS], function)
             order = np.argsort(-scores, kind="stable")
             results.append(Classification(tuple(LabelScore(self.labels[i], float(scores[i])) for i in order)))
         return results
 
-    def _scores(self, logits: Floats) -> NDArray[np.floating]:
+    @property
+    def _function(self) -> Function:
         problem = self.bundle.config.get("problem_type")
         if problem == "regression":
+            return "none"
+        return "sigmoid" if problem == "multi_label_classification" or len(self.labels) == 1 else "softmax"
+
+
+def _scores(logits: Floats, function: Function) -> NDArray[np.floating]:
+    match function:
+        case "none":
             return logits
-        if problem == "multi_label_classification" or len(self.labels) == 1:
-            return np.exp(-np.logaddexp(0, -logits.astype(np.float64)))  # the sigmoid, without overflow
-        return softmax(logits)
+        case "sigmoid":
+            return np.exp(-np.logaddexp(0, -logits.astype(np.float64)))  # without overflow
+        case "softmax":
+            return softmax(logits)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from runtime.bundle import Bundle
 from runtime.contract import LOGITS
@@ -43,7 +46,7 @@ class TaggedText:
         """
         runs: list[list[Tag]] = []
         for token in self.tokens:
-            goes_on = bool(runs) and _kind(runs[-1][-1].label) == _kind(token.label)
+            goes_on = bool(runs) and kind_of(runs[-1][-1].label) == kind_of(token.label)
             if goes_on and not token.label.startswith("B-"):
                 runs[-1].append(token)
             else:
@@ -81,21 +84,33 @@ class TokenClassifier(Predictor):
             UserError: no text, an empty or too long one.
         """
         texts = [texts] if isinstance(texts, str) else texts
-        rows = self._rows(self._encode(texts), batch_size)
-        return [
-            TaggedText(text, self._tags(text, encoded, softmax(outputs[LOGITS])))
-            for text, (encoded, outputs) in zip(texts, rows, strict=True)
-        ]
+        rows = self.scores(texts, batch_size=batch_size)
+        return [TaggedText(text, self._tags(text, *row)) for text, row in zip(texts, rows, strict=True)]
 
-    def _tags(self, text: str, encoded: Encoded, scores: Any) -> tuple[Tag, ...]:
+    def scores(
+        self, texts: str | Sequence[str], *, batch_size: int = BATCH
+    ) -> Iterator[tuple[Encoded, NDArray[np.float64]]]:
+        """Each text's tokens, and the probability of every class for each, [tokens, labels], special ones included.
+
+        Args:
+            texts: a text, or several.
+            batch_size: texts that run at once.
+
+        Raises:
+            UserError: no text, an empty or too long one.
+        """
+        for encoded, outputs in self._rows(self._encode(texts), batch_size):
+            yield encoded, softmax(outputs[LOGITS][: len(encoded.ids)])
+
+    def _tags(self, text: str, encoded: Encoded, scores: NDArray[np.float64]) -> tuple[Tag, ...]:
         tags = []
-        for (start, end), added, row in zip(encoded.offsets, encoded.special, scores, strict=False):  # then padding
+        for (start, end), added, row in zip(encoded.offsets, encoded.special, scores, strict=True):
             if not added:
                 best = int(row.argmax())
                 tags.append(Tag(text[start:end], self.labels[best], float(row[best]), start, end))
         return tuple(tags)
 
 
-def _kind(label: str) -> str:
+def kind_of(label: str) -> str:
     """A label without what says where in a run it stands."""
     return label[2:] if label.startswith(("B-", "I-")) else label

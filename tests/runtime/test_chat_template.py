@@ -38,6 +38,34 @@ def test_what_templates_use_renders_as_in_transformers(tmp_path: Path, text: str
     assert rendered == expected[0]
 
 
+@pytest.mark.parametrize("said", ["It is", "It is  ", " a\nb"])
+@pytest.mark.parametrize("filters", ["", " | trim"])
+def test_a_last_message_is_left_open_as_by_transformers(tmp_path: Path, filters: str, said: str) -> None:
+    text = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content" + filters + " }}</s>{% endfor %}{{ add_generation_prompt }}"
+    )
+    chat = [*CHAT, {"role": "assistant", "content": said}]
+    expected, _ = transformers.utils.chat_template_utils.render_jinja_template(
+        conversations=[chat], chat_template=text, continue_final_message=True
+    )
+    assert template(tmp_path, text).render_unfinished(chat, {}) == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "message"),
+    [
+        ("{{ messages[0].content }}", "It is", "leaves out what the last message says"),
+        ("{{ messages[-1].content | tojson }}", "a\nb", "leaves out what the last message says"),
+        ("{{ messages[-1].content }}", [{"type": "text", "text": "a"}], "found list as its content"),
+    ],
+)
+def test_a_last_message_that_cannot_be_left_open_is_refused(
+    tmp_path: Path, text: str, said: object, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        template(tmp_path, text).render_unfinished([*CHAT, {"role": "assistant", "content": said}], {})
+
+
 def test_the_date_is_today(tmp_path: Path) -> None:
     rendered = template(tmp_path, "{{ strftime_now('%Y') }}").render(CHAT, {})
     assert abs(int(rendered) - datetime.now().year) <= 1

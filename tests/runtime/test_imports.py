@@ -42,6 +42,23 @@ for path, call in zip({paths}, {list(calls.values())}): print(len(eval("load(pat
     assert python(code).split() == ["1"] * 4
 
 
+def test_pipelines_need_neither_torch_nor_transformers(bundle_dir: Path, tmp_path: Path) -> None:
+    calls = {
+        str(bundle_dir): "('Mars', max_new_tokens=3)",
+        str(Toy("feature-extraction").write(tmp_path / "features")): "('mars')",
+        str(Toy("text-classification").write(tmp_path / "classes")): "('mars')",
+        str(Toy("token-classification").write(tmp_path / "tags")): "(['mars'], aggregation_strategy='first')",
+        str(Toy("question-answering").write(tmp_path / "answers")): "([{'question': 'mars', 'context': 'mars'}] * 2)",
+    }
+    code = f"""
+import sys
+for name in {FOREIGN}: sys.modules[name] = None
+from runtime import pipeline
+for path, call in {calls}.items(): print(len(eval("pipeline(path)" + call)))
+"""
+    assert python(code).split() == ["1", "1", "1", "1", "2"]
+
+
 def test_importing_the_runtime_is_quick() -> None:
     code = """
 import time, sys

@@ -87,6 +87,8 @@ def test_eos_ends_a_text_unless_ignored(
     assert (row.token_ids, row.finish_reason) == (expected, "eos")
     row = early.generate("Mars", max_new_tokens=9, ignore_eos=True).sequences[0]
     assert (row.token_ids, row.finish_reason) == (tokens, "length")
+    row = model.generate("Mars", max_new_tokens=9, eos_token_ids=[tokens[3]]).sequences[0]
+    assert (row.token_ids, row.finish_reason) == (expected, "eos")
 
 
 def test_a_single_stop_string_is_not_taken_apart(model: TextGenerator) -> None:
