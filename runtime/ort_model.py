@@ -142,16 +142,7 @@ def load_model(
             ],
         )
     except errors as error:
-        reason = " ".join(str(error).split())[:300]
-        if "graph capture" in reason:  # its words where operators are on the host, or data goes there and back
-            raise UserError(
-                f"onnxruntime {ort.__version__} refuses to capture {bundle.file(MODEL)}: {reason}; "
-                "export the bundle again, or open it without capture"
-            ) from error
-        raise UserError(
-            f"onnxruntime {ort.__version__} cannot load {bundle.file(MODEL)}: {reason}; "
-            "check the bundle (nemotron-export selftest), or export it again"
-        ) from error
+        raise _not_loaded(ort, bundle, error) from error
     if provider not in model.get_providers():
         raise UserError(
             f"{provider} did not start (its CUDA libraries are missing or too old); "
@@ -160,6 +151,20 @@ def load_model(
     name = cpu_name() if device == "cpu" else cuda_name()
     return OrtModel(
         bundle, model, f"onnxruntime-{device}", str(ort.__version__), name, (RuntimeError, *errors), capture
+    )
+
+
+def _not_loaded(ort: ModuleType, bundle: Bundle, error: Exception) -> UserError:
+    """What ONNX Runtime has against a graph, and what helps."""
+    reason = " ".join(str(error).split())[:300]
+    if "graph capture" in reason:  # its words where operators are on the host, or data goes there and back
+        return UserError(
+            f"onnxruntime {ort.__version__} refuses to capture {bundle.file(MODEL)}: {reason}; "
+            "export the bundle again, or open it without capture"
+        )
+    return UserError(
+        f"onnxruntime {ort.__version__} cannot load {bundle.file(MODEL)}: {reason}; "
+        "check the bundle (nemotron-export selftest), or export it again"
     )
 
 
