@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -51,18 +51,18 @@ class FeatureExtractor(Predictor):
             embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
         return embeddings
 
-    def hidden_states(self, texts: str | Sequence[str], *, batch_size: int = BATCH) -> list[Floats]:
+    def hidden_states(self, texts: str | Sequence[str], *, batch_size: int = BATCH) -> Iterator[Floats]:
         """The last hidden states of each text's tokens, special ones included, padding not.
 
         Args:
             texts: a text, or several.
             batch_size: texts that run at once.
 
-        Returns:
+        Yields:
             For each text float32 [tokens, hidden].
 
         Raises:
             UserError: no text, an empty or too long one.
         """
-        rows = self._rows(self._encode(texts), batch_size)
-        return [outputs[LAST_HIDDEN_STATE][: len(text.ids)] for text, outputs in rows]
+        for text, outputs in self._rows(self._encode(texts), batch_size):
+            yield outputs[LAST_HIDDEN_STATE][: len(text.ids)]
