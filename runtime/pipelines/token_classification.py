@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from runtime.errors import UserError
 from runtime.pipelines.base import Pipeline, as_texts
 from runtime.predict.predictor import BATCH
-from runtime.predict.token_classification import TokenClassifier, kind_of
+from runtime.predict.token_classification import TokenClassifier, runs_of
 from runtime.tokenizer import Encoded
 
 Scores = NDArray[np.float64]
@@ -110,19 +110,12 @@ class TokenClassificationPipeline(Pipeline[TokenClassifier]):
         """Neighbours of one class, by their labels' `B-` and `I-`."""
         reduce = _STRATEGIES[strategy]
         pieces = tokens if reduce is None else self._words(tokens, reduce)
-        runs: list[list[_Piece]] = []
-        for piece in pieces:
-            label = self._label(piece)
-            if runs and kind_of(self._label(runs[-1][-1])) == kind_of(label) and not label.startswith("B-"):
-                runs[-1].append(piece)
-            else:
-                runs.append([piece])
         return [
             {"entity_group": self._label(run[0]).split("-", 1)[-1],
              "score": float(np.mean([piece.scores.max() for piece in run])),
              "word": self.model.tokenizer.join([piece.word for piece in run]),
              "start": run[0].start, "end": run[-1].end}
-            for run in runs
+            for run in runs_of(pieces, self._label)
         ]  # fmt: skip
 
     def _words(self, tokens: Sequence[_Piece], reduce: Callable[[Scores], Scores]) -> list[_Piece]:

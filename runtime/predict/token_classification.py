@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from runtime.forward import ForwardSession
 from runtime.predict.labels import labels_of
 from runtime.predict.predictor import BATCH, Predictor, softmax
 from runtime.tokenizer import Encoded
+
+Token = TypeVar("Token")
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,12 @@ class TaggedText:
     def entities(self, ignore: Sequence[str] = ("O",)) -> list[Tag]:
         """Runs of tokens of one class, as transformers' aggregation strategy "simple" joins them.
 
-        `B-` begins a run and `I-` goes on with it; a label without either goes on with a run of its own kind. The
-        score is the mean over the tokens.
+        The score is the mean over the tokens; see `runs_of`.
 
         Args:
             ignore: classes that are left out.
         """
-        runs: list[list[Tag]] = []
-        for token in self.tokens:
-            goes_on = bool(runs) and kind_of(runs[-1][-1].label) == kind_of(token.label)
-            if goes_on and not token.label.startswith("B-"):
-                runs[-1].append(token)
-            else:
-                runs.append([token])
-        joined = [self._join(run) for run in runs]
+        joined = [self._join(run) for run in runs_of(self.tokens, lambda token: token.label)]
         return [entity for entity in joined if entity.label not in ignore]
 
     def to_json(self) -> dict[str, Any]:
@@ -111,6 +105,21 @@ class TokenClassifier(Predictor):
         return tuple(tags)
 
 
-def kind_of(label: str) -> str:
+def runs_of(tokens: Iterable[Token], label_of: Callable[[Token], str]) -> list[list[Token]]:
+    """Neighbours of one class.
+
+    `B-` begins a run and `I-` goes on with it; a label without either goes on with a run of its own kind.
+    """
+    runs: list[list[Token]] = []
+    for token in tokens:
+        label = label_of(token)
+        if runs and _kind(label_of(runs[-1][-1])) == _kind(label) and not label.startswith("B-"):
+            runs[-1].append(token)
+        else:
+            runs.append([token])
+    return runs
+
+
+def _kind(label: str) -> str:
     """A label without what says where in a run it stands."""
     return label[2:] if label.startswith(("B-", "I-")) else label
