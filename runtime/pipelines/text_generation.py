@@ -123,8 +123,9 @@ class TextGenerationPipeline(Pipeline[TextGenerator]):
         returned = _returned(arguments, chosen)
         given, alone = _inputs(text_inputs)
         prompts = [self._prompt(number, each, chosen) for number, each in enumerate(given, start=1)]
-        found = iter(self._generate(prompts, chosen))
-        count = self._sequences(chosen)
+        settings = self._settings(chosen)
+        count = _sequences(settings)
+        found = iter(self._generate(prompts, settings, count))
         rows = [[self._record(prompt, next(found), returned) for _ in range(count)] for prompt in prompts]
         return rows[0] if alone else rows
 
@@ -139,14 +140,14 @@ class TextGenerationPipeline(Pipeline[TextGenerator]):
         check_prompt(prompt.ids, self.model.max_length, bundle.vocab_size, f"prompt {number}")
         return prompt
 
-    def _generate(self, prompts: Sequence[_Prompt], chosen: dict[str, Any]) -> list[list[int]]:
+    def _generate(self, prompts: Sequence[_Prompt], settings: dict[str, Any], count: int) -> list[list[int]]:
         """New tokens of each sequence, those of a prompt behind each other."""
         jobs = [
-            (prompt.ids, self._options(len(prompt.ids), chosen, sequence))
+            (prompt.ids, _options(len(prompt.ids), settings, sequence))
             for prompt in prompts
-            for sequence in range(self._sequences(chosen))
+            for sequence in range(count)
         ]
-        size = chosen.get("batch_size", BATCH)
+        size = settings["batch_size"]
         if size < 1:
             raise UserError(f"batch_size should be at least 1, not {size}")
         longest = max(len(ids) + options["max_new_tokens"] - 1 for ids, options in jobs)
@@ -157,38 +158,15 @@ class TextGenerationPipeline(Pipeline[TextGenerator]):
         requests: list[Request] = [batch.submit(ids, **options) for ids, options in jobs]
         return [request.result().token_ids for request in requests]
 
-    def _options(self, length: int, chosen: dict[str, Any], sequence: int) -> Options:
-        """Our names for what was chosen, for a prompt of this length."""
-        settings = self._settings(chosen)
-        ends = settings["eos_token_id"] if "eos_token_id" in chosen else list(self.model.bundle.eos_token_ids)
-        return Options(
-            max_new_tokens=_new_tokens(length, settings),
-            greedy=not settings["do_sample"],
-            temperature=settings["temperature"],
-            top_k=settings["top_k"],
-            top_p=settings["top_p"],
-            min_p=settings["min_p"],
-            repetition_penalty=settings["repetition_penalty"],
-            seed=None if settings.get("seed") is None else settings["seed"] + sequence,
-            stop=settings.get("stop_sequence") or (),
-            eos_token_ids=() if ends is None else (ends,) if isinstance(ends, int) else ends,
-        )
-
-    def _sequences(self, chosen: dict[str, Any]) -> int:
-        """How often each prompt is gone on with."""
-        count = 1 if chosen.get("num_return_sequences") is None else int(chosen["num_return_sequences"])
-        if count < 1:
-            raise UserError(f"num_return_sequences should be at least 1, not {count}")
-        if count > 1 and not self._settings(chosen)["do_sample"]:
-            raise UserError(
-                f"{count} sequences without do_sample would all be the same; give do_sample=True, or ask for 1"
-            )
-        return count
-
     def _settings(self, chosen: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments over the checkpoint's and transformers' defaults."""
         config = {name: value for name, value in self.model.bundle.generation_config.items() if value is not None}
-        settings = _DEFAULTS | config | chosen
+        own = {  # what generation_config.json has no say in
+            "num_return_sequences": chosen.get("num_return_sequences"),
+            "batch_size": chosen.get("batch_size", BATCH),
+            "eos_token_id": chosen.get("eos_token_id", list(self.model.bundle.eos_token_ids)),
+        }
+        settings = _DEFAULTS | config | chosen | own
         return settings | {name: none for name, none in _WITHOUT.items() if settings.get(name) is None}
 
     def _record(self, prompt: _Prompt, token_ids: Sequence[int], returned: Returned) -> Result:
@@ -234,6 +212,33 @@ def _returned(given: Mapping[str, Any], chosen: dict[str, Any]) -> Returned:
     if chosen.get("return_tensors") and given.get("return_full_text") is None:
         return "tokens"
     return "new" if chosen.get("return_full_text") is False else "full"
+
+
+def _options(length: int, settings: Mapping[str, Any], sequence: int) -> Options:
+    """Our names for what was chosen, for a prompt of this length."""
+    ends = settings["eos_token_id"]
+    return Options(
+        max_new_tokens=_new_tokens(length, settings),
+        greedy=not settings["do_sample"],
+        temperature=settings["temperature"],
+        top_k=settings["top_k"],
+        top_p=settings["top_p"],
+        min_p=settings["min_p"],
+        repetition_penalty=settings["repetition_penalty"],
+        seed=None if settings.get("seed") is None else settings["seed"] + sequence,
+        stop=settings.get("stop_sequence") or (),
+        eos_token_ids=() if ends is None else (ends,) if isinstance(ends, int) else ends,
+    )
+
+
+def _sequences(settings: Mapping[str, Any]) -> int:
+    """How often each prompt is gone on with."""
+    count = 1 if settings["num_return_sequences"] is None else int(settings["num_return_sequences"])
+    if count < 1:
+        raise UserError(f"num_return_sequences should be at least 1, not {count}")
+    if count > 1 and not settings["do_sample"]:
+        raise UserError(f"{count} sequences without do_sample would all be the same; give do_sample=True, or ask for 1")
+    return count
 
 
 def _new_tokens(length: int, settings: Mapping[str, Any]) -> int:
