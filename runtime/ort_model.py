@@ -53,7 +53,7 @@ class OrtModel:
         try:
             yield
         except self.failures as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = _reason(error)
             raise UserError(
                 f"{self.backend} cannot capture a step of {self.bundle.path} as a CUDA graph: {reason}; "
                 "open it without capture"
@@ -70,7 +70,7 @@ class OrtModel:
         try:
             yield
         except self.failures as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = _reason(error)
             if "allocate memory" in reason or "bad_alloc" in reason:
                 raise UserError(
                     f"{self.backend} has no memory for {what}: {reason}; take fewer or shorter prompts at once"
@@ -154,9 +154,14 @@ def load_model(
     )
 
 
+def _reason(error: Exception) -> str:
+    """What ONNX Runtime says, in one line that is not too long."""
+    return " ".join(str(error).split())[:300]
+
+
 def _not_loaded(ort: ModuleType, bundle: Bundle, error: Exception) -> UserError:
     """What ONNX Runtime has against a graph, and what helps."""
-    reason = " ".join(str(error).split())[:300]
+    reason = _reason(error)
     if "graph capture" in reason:  # its words where operators are on the host, or data goes there and back
         return UserError(
             f"onnxruntime {ort.__version__} refuses to capture {bundle.file(MODEL)}: {reason}; "
