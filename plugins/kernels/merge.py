@@ -30,9 +30,9 @@ def merge_attention(
     """
     token, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     row = tl.program_id(1).to(tl.int64)
-    length = tl.load(lengths + row).to(tl.int32)
+    length = tl.maximum(tl.load(lengths + row), sequence)
     keys_each = tl.cdiv(tl.cdiv(length, GRANULE), blocks) * GRANULE
-    seen = (length - sequence + token) // keys_each + 1
+    seen = tl.minimum((length - sequence + token) // keys_each + 1, blocks)
 
     base = ((row * HEADS + head) * sequence + token) * blocks
     channel = tl.arange(0, CHANNELS)

@@ -50,7 +50,8 @@ def split_attention(
     tile, kv_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     block, blocks, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
 
-    length = tl.minimum(tl.load(lengths + row).to(tl.int32), capacity)
+    # TensorRT times kernels on lengths of its own making: whatever they say, nothing outside the cache is read.
+    length = tl.minimum(tl.maximum(tl.load(lengths + row), sequence), capacity)
     keys_each = tl.cdiv(tl.cdiv(length, GRANULE), blocks) * GRANULE
     first_token = tile * BLOCK_M // GROUP
     last_token = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, sequence - 1)
