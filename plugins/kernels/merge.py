@@ -9,7 +9,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequence", "blocks"])  # as it is ahead of time
 def merge_attention(
     maxima,
     sums,

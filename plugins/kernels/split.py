@@ -17,7 +17,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequence", "capacity"])  # as it is ahead of time
 def split_attention(
     query,
     cos,

@@ -30,22 +30,22 @@ from plugins.split_reference import Partials, merge_attention, split_attention
 PARTIALS = ("maxima", "sums", "contexts")
 
 
-def model_of(case: Case) -> onnx.ModelProto:
+def model_of(case: Case, dtype: ir.DataType = ir.DataType.FLOAT) -> onnx.ModelProto:
     """A graph of both ops, with the partials among its outputs."""
     cache = ["batch", case.kv_heads, "capacity", case.head_dim]
     query = ["batch", "sequence", case.heads * case.head_dim]
     table = ["positions", case.rotary_dim // 2]
     shapes = {"query": query, "cos": table, "sin": table, "key_cache": cache, "value_cache": cache}
-    inputs = [ir.val(name, dtype=ir.DataType.FLOAT, shape=dims) for name, dims in shapes.items()]
+    inputs = [ir.val(name, dtype=dtype, shape=dims) for name, dims in shapes.items()]
     lengths = ir.val("lengths", dtype=ir.DataType.INT32, shape=["batch"])
     attributes = {name: getattr(case, name) for name in ("heads", "kv_heads", "head_dim", "rotary_dim", "scale")}
     split = ir.node(SPLIT_ATTENTION, [*inputs, lengths], attributes, domain=DOMAIN, num_outputs=3)
-    merge = ir.node(MERGE_ATTENTION, [*split.outputs, lengths], {"to": int(ir.DataType.FLOAT)}, domain=DOMAIN)
+    merge = ir.node(MERGE_ATTENTION, [*split.outputs, lengths], {"to": int(dtype)}, domain=DOMAIN)
     blocks = ["batch", case.heads, "sequence", "blocks"]
     for output, name, dims in zip(split.outputs, PARTIALS, (blocks, blocks, [*blocks, case.head_dim]), strict=True):
         output.name, output.dtype, output.shape = name, ir.DataType.FLOAT, ir.Shape(dims)
     context = merge.outputs[0]
-    context.name, context.dtype, context.shape = "context", ir.DataType.FLOAT, ir.Shape(query)
+    context.name, context.dtype, context.shape = "context", dtype, ir.Shape(query)
     graph = ir.Graph(
         [*inputs, lengths],
         [*split.outputs, context],
@@ -57,15 +57,15 @@ def model_of(case: Case) -> onnx.ModelProto:
     return ir.to_proto(ir.Model(graph, ir_version=11, functions=functions))
 
 
-def feeds(case: Case) -> dict[str, np.ndarray]:
-    return dict(zip(("query", "cos", "sin", "key_cache", "value_cache", "lengths"), case.inputs(), strict=True))
+def feeds(case: Case, dtype: type[np.floating] = np.float32) -> dict[str, np.ndarray]:
+    return dict(zip(("query", "cos", "sin", "key_cache", "value_cache", "lengths"), case.inputs(dtype), strict=True))
 
 
-def run(case: Case) -> list[np.ndarray]:
+def run(model: onnx.ModelProto, given: dict[str, np.ndarray]) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model_of(case).SerializeToString(), options)
-    return session.run([*PARTIALS, "context"], feeds(case))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    return session.run([*PARTIALS, "context"], given)
 
 
 def meant(case: Case) -> tuple[Partials, np.ndarray]:
@@ -97,12 +97,20 @@ def test_numpy_meaning_is_a_softmax_over_the_keys_that_a_query_sees(case: Case) 
 @given(cases())
 def test_function_bodies_give_what_numpy_gives(case: Case) -> None:
     partials, context = meant(case)
-    *found, merged = run(case)
+    *found, merged = run(model_of(case), feeds(case))
     for ours, theirs in zip(found, partials, strict=True):
         defined = ~np.isnan(theirs)
         assert ours.shape == theirs.shape
         np.testing.assert_allclose(ours[defined], theirs[defined], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(merged, context, atol=1e-5)
+
+
+def test_function_bodies_keep_a_cache_and_a_context_of_16_bit() -> None:
+    case = Case(4, 2, 64, 32, lengths=(70, 200), sequence=3, capacity=200)
+    *_, context = run(model_of(case, ir.DataType.FLOAT16), feeds(case, np.float16))
+    expected = case.expected(np.float16)
+    assert context.dtype == np.float16
+    np.testing.assert_allclose(context, expected, rtol=0, atol=2 * np.spacing(np.float16(np.abs(expected).max())))
 
 
 def test_function_bodies_mean_the_same_to_onnx_itself() -> None:

@@ -21,6 +21,7 @@ class Case:
     capacity: int
     seed: int = 0
     queries: float = 1.0  # how great they are
+    told: tuple[int, ...] = ()  # other lengths than the true ones
 
     @property
     def scale(self) -> float:
@@ -35,7 +36,7 @@ class Case:
         for row, length in enumerate(self.lengths):
             caches[:, row, :, length:] = np.nan
         floats = (query, np.cos(angles), np.sin(angles), *caches)
-        return *(x.astype(dtype) for x in floats), np.array(self.lengths, np.int32)
+        return *(x.astype(dtype) for x in floats), np.array(self.told or self.lengths, np.int32)
 
     def expected(self, dtype: DTypeLike = np.float32) -> np.ndarray:
         """The context in float64, query by query, from inputs of `dtype` and a rotated query rounded to it."""

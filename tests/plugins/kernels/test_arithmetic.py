@@ -124,3 +124,11 @@ def test_blocks_past_a_rows_length_are_neither_read_nor_written(kernels: Interpr
 
 def test_scores_so_great_that_their_exponentials_overflow_still_give_a_context(kernels: Interpreter) -> None:
     check(kernels, replace(Case(2, 1, 64, 32, lengths=(130,), sequence=2, capacity=192), queries=100.0), "float16")
+
+
+def test_lengths_that_no_step_leaves_are_taken_as_the_nearest_that_one_does(kernels: Interpreter) -> None:
+    """TensorRT fills inputs at random while it times kernels: what they say must not lead outside the cache."""
+    case = Case(2, 1, 64, 32, lengths=(5, 5, 60), sequence=5, capacity=60)
+    astray = replace(case, told=(0, -(2**31), 2**31 - 1))
+    for ours, theirs in zip(kernels.split(astray, SMALL), kernels.split(case, SMALL), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
