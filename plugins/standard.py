@@ -37,7 +37,7 @@ def lower_to_standard_attention(graph: ir.Graph, input_ids: ir.Value, write_indi
     lengths = build("Add", write_indices, sequence)
     graph.insert_before(next(iter(graph)), build.take())
     for node in fused:
-        _replace(graph, node, build, _cached(build, node, positions, lengths))
+        replace(graph, node, build, _cached(build, node, positions, lengths))
     return len(fused)
 
 
@@ -58,11 +58,12 @@ def lower_to_masked_attention(graph: ir.Graph, attention_mask: ir.Value) -> int:
     visible = _visible(build, attention_mask)
     graph.insert_before(next(iter(graph)), build.take())
     for node in fused:
-        _replace(graph, node, build, _masked(build, node, visible))
+        replace(graph, node, build, _masked(build, node, visible))
     return len(fused)
 
 
-def _replace(graph: ir.Graph, node: ir.Node, build: Nodes, outputs: list[ir.Value]) -> None:
+def replace(graph: ir.Graph, node: ir.Node, build: Nodes, outputs: list[ir.Value]) -> None:
+    """Put what was built in a fused node's place, and its outputs in the place of the node's."""
     for new, old in zip(outputs, node.outputs, strict=True):
         new.shape, new.type = old.shape, old.type
     ir.convenience.replace_nodes_and_values(graph, node, [node], build.take(), node.outputs, outputs)
@@ -70,7 +71,7 @@ def _replace(graph: ir.Graph, node: ir.Node, build: Nodes, outputs: list[ir.Valu
 
 def _cached(build: Nodes, node: ir.Node, positions: ir.Value, lengths: ir.Value) -> list[ir.Value]:
     query, key, value, cos, sin, past_key, past_value, write_indices, *given = node.inputs
-    heads = _Heads(build, node, (cos, sin, given[0] if given else positions))
+    heads = Heads(build, node, (cos, sin, given[0] if given else positions))
 
     def write(cache: ir.Value | None, x: ir.Value) -> ir.Value:
         return build("TensorScatter", cache, x, write_indices, axis=-2, mode="linear")
@@ -88,7 +89,7 @@ def _cached(build: Nodes, node: ir.Node, positions: ir.Value, lengths: ir.Value)
 
 def _masked(build: Nodes, node: ir.Node, visible: ir.Value) -> list[ir.Value]:
     query, key, value, cos, sin, positions, _ = node.inputs
-    heads = _Heads(build, node, (cos, sin, positions))
+    heads = Heads(build, node, (cos, sin, positions))
     inputs = (heads.rotated(query, "heads"), heads.rotated(key, "kv_heads"), heads.split(value, "kv_heads"), visible)
     scale, weights = node.attributes.get_float("scale"), node.outputs[1]
     if weights.uses() or weights.is_graph_output():
@@ -108,22 +109,25 @@ def _visible(build: Nodes, attention_mask: ir.Value) -> ir.Value:
     return build("And", build("LessOrEqual", keys, queries), build("Or", real, build("Equal", keys, queries)))
 
 
-class _Heads:
+class Heads:
     """Splits, rotates and merges the heads of one fused node."""
 
     def __init__(self, build: Nodes, node: ir.Node, rotation: tuple[ir.Value | None, ...]) -> None:
         self._build, self._attributes, self._rotation = build, node.attributes, rotation
 
     def split(self, x: ir.Value | None, heads: str) -> ir.Value:
+        """[batch, heads, sequence, head_dim]; `heads` is the attribute that counts them."""
         count, width = self._attributes.get_int(heads), self._attributes.get_int("head_dim")
         shape = self._build.constant(f"split_{count}x{width}", [0, 0, count, width])
         return self._build("Transpose", self._build("Reshape", x, shape), perm=_HEADS_FIRST)
 
     def rotated(self, x: ir.Value | None, heads: str) -> ir.Value:
+        """The same, rotated."""
         width = self._attributes.get_int("rotary_dim")
         split = self.split(x, heads)
         return self._build("RotaryEmbedding", split, *self._rotation, interleaved=0, rotary_embedding_dim=width)
 
     def merged(self, context: ir.Value) -> ir.Value:
+        """[batch, sequence, heads·head_dim]."""
         merged = self._build("Transpose", context, perm=_HEADS_FIRST)
         return self._build("Reshape", merged, self._build.constant("merge", [0, 0, -1]))
