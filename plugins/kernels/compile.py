@@ -17,6 +17,7 @@ from typing import Any
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from plugins.kernels.merge import merge_attention
@@ -48,7 +49,7 @@ class Compiled:
 
     Attributes:
         name: of the entry.
-        ptx: readable, for any driver since CUDA 12.8.
+        ptx: for drivers of CUDA 12.8 and later; from sm_90 on, for the target alone.
         cubin: for the target alone.
         shared_bytes: dynamic shared memory that the launch must give.
         threads: of a block.
@@ -141,8 +142,7 @@ def _renamed(ptx: str, old: str, new: str) -> str:
 
 def _assemble(ptx: str, sm: int) -> tuple[bytes, str]:
     """The cubin, and what `ptxas -v` says of it."""
-    old, recent = knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell  # as Triton chooses; the second knows Hopper too
-    program = (recent if sm >= 90 else old).path
+    program = get_ptxas(sm).path
     target = f"sm_{sm}a" if sm >= 90 else f"sm_{sm}"
     with tempfile.TemporaryDirectory() as scratch:
         source, cubin = Path(scratch) / "kernel.ptx", Path(scratch) / "kernel.cubin"
