@@ -102,7 +102,7 @@ def _grouping(place: Place) -> list[int]:
     for kv_head in range(place.spec.kv_heads):
         context = heads_of(_context(place, grouping=[kv_head] * place.spec.heads), place.spec.head_dim)
         apart.append((ours - context).abs().amax((0, 2)))
-    return torch.stack(apart).argmin(0).tolist()  # type: ignore[no-any-return]
+    return torch.stack(apart).argmin(0).tolist()
 
 
 def _one_shorter(place: Place) -> Taps:

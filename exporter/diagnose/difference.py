@@ -24,6 +24,7 @@ class Difference:
         max_abs: the largest difference; infinite where either is not finite.
         relative: of the largest magnitude that is expected.
         cosine: of both, as one vector each.
+        size: the largest magnitude that is expected.
         limit: what max_abs may be; None where nothing is judged.
         by_position: the largest difference at each position, relative.
     """
@@ -31,6 +32,7 @@ class Difference:
     max_abs: float
     relative: float
     cosine: float
+    size: float
     limit: float | None
     by_position: tuple[float, ...]
 
@@ -62,7 +64,7 @@ def difference(ours: Tensor, exact: Tensor, limit: float | None = None) -> Diffe
     size = max(float(exact.abs().nan_to_num(posinf=0.0).max()), torch.finfo(torch.float32).tiny)
     by_position = torch.where((ours - exact).isfinite(), (ours - exact).abs(), torch.inf).amax(1) / size
     cosine = torch.nn.functional.cosine_similarity(ours.flatten(), exact.flatten(), dim=0)
-    return Difference(apart, apart / size, float(cosine), limit, tuple(by_position.tolist()))
+    return Difference(apart, apart / size, float(cosine), size, limit, tuple(by_position.tolist()))
 
 
 def error(ours: Tensor, exact: Tensor) -> float:

@@ -39,8 +39,9 @@ class _Sums:
     def difference(self, limit: float | None) -> Difference:
         """Of all of it."""
         most, norm = float(self.apart.max()), (self.squares[0] * self.squares[1]) ** 0.5
-        relative = (self.apart / max(self.size, 1e-30)).tolist()
-        return Difference(most, max(relative), self.dot / norm if norm else 0.0, limit, tuple(relative))
+        size = max(self.size, torch.finfo(torch.float32).tiny)
+        relative = (self.apart / size).tolist()
+        return Difference(most, max(relative), self.dot / norm if norm else 0.0, size, limit, tuple(relative))
 
 
 def judge_logits(

@@ -88,7 +88,7 @@ class BundleRun:
             step = Step(given, np.array([count]), np.array([start]), np.array([0]), count)
             feeds = {name: as_torch(array) for name, array in contract_of(bundle).feeds(step).items()}
             self._runs.append(_Run(start, count, feeds, embedding.run(feeds)[streams[0]]))
-        self.kept: tuple[np.ndarray, np.ndarray] | None = None  # type: ignore[type-arg]
+        self.kept: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def hidden(self) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from exporter.diagnose import taps
 from exporter.diagnose.cause import CONSTANT, HEADS, LAYER_ORDER, OVERFLOW, WEIGHT, Hypothesis, Place, others
+from exporter.diagnose.rotation import heads_of
 
 Tensor = torch.Tensor
 
@@ -55,12 +56,12 @@ def constant_factor(ours: Tensor, exact: Tensor, tap: str) -> Iterator[Hypothesi
 
 def _permuted(ours: Tensor, exact: Tensor, tap: str, module: str, width: int) -> Iterator[Hypothesis]:
     """Heads in another order: for each of the bundle's the nearest."""
-    given, wanted = (x.unflatten(-1, (-1, width)).transpose(0, 1).flatten(1) for x in (ours, exact))
+    given, wanted = (heads_of(x, width).transpose(0, 1).flatten(1) for x in (ours, exact))
     if not bool(given.isfinite().all()):
         return
     order = torch.cdist(given, wanted).argmin(1).tolist()
     if sorted(order) == list(range(len(order))) and order != sorted(order):
-        predicted = exact.unflatten(-1, (-1, width))[:, order].flatten(1)
+        predicted = heads_of(exact, width)[:, order].flatten(1)
         yield Hypothesis(HEADS, f"the heads of {module} stand in the order {order}", {tap: predicted})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -29,7 +30,8 @@ def of_rotation(place: Place, _tap: str) -> Iterator[Hypothesis]:
     ) -> Hypothesis:
         return Hypothesis(cause, text, _rotated(place, frequencies, at, factor, paired=paired))
 
-    base = float(place.spec.config.rope_parameters["rope_theta"])
+    rope: dict[str, Any] = dict(place.spec.config.rope_parameters or {})
+    base = float(rope["rope_theta"])
     for other in _bases(place, width):
         text = f"theta is {other:.4g} where rope_theta is {base:.4g}"
         yield guess(ROTARY_THETA, text, powers(other, width))
@@ -71,7 +73,7 @@ def rotate(x: Tensor, frequencies: Tensor, positions: Tensor, factor: float = 1.
 
 def heads_of(x: Tensor, width: int) -> Tensor:
     """[tokens, heads · head_dim] as [tokens, heads, head_dim]."""
-    return x.unflatten(-1, (-1, width))
+    return x.reshape(len(x), -1, width)
 
 
 def _rotated(place: Place, frequencies: Tensor, positions: Tensor, factor: float, *, paired: bool) -> Taps:
@@ -83,7 +85,7 @@ def _rotated(place: Place, frequencies: Tensor, positions: Tensor, factor: float
 
 
 def _bases(place: Place, width: int) -> Sequence[float]:
-    """Usual ones, and the one that follows from the angles at position 1, to three digits."""
+    """Usual ones, and the one that follows from the angles at position 1, to a few digits."""
     tap, turned = (taps.Q, taps.Q_ROTATED) if taps.Q_ROTATED in place.ours else (taps.K, taps.K_CACHED)
     before, after = heads_of(place.ours[tap], place.spec.head_dim), place.ours[turned]
     if len(before) < 2 or not bool(after[1].isfinite().all()):
@@ -98,7 +100,7 @@ def _bases(place: Place, width: int) -> Sequence[float]:
     x, y = exponents[clear], angles[clear].log()
     weights = angles[clear].square()
     solved = float(torch.exp(-(weights * x * y).sum() / (weights * x * x).sum()))
-    return [*USUAL_BASES, float(f"{solved:.2e}")] if solved < 1e12 else USUAL_BASES
+    return [*USUAL_BASES, *(float(f"{solved:.{digits}g}") for digits in (2, 3, 4, 6))] if solved < 1e12 else USUAL_BASES
 
 
 def _permuted(place: Place) -> Iterator[Hypothesis]:

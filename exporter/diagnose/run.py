@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import torch
 
@@ -242,16 +241,3 @@ class _Diagnosis:
         )
         self._stages.append(stage)
         self._findings += [finding] if finding is not None else []
-
-
-def open_and_diagnose(
-    bundle: Path,
-    checkpoint: Path | str,
-    tokens: list[int],
-    progress: Progress = lambda *_: None,
-    *,
-    network: bool = False,
-    adapter: Path | None = None,
-) -> Report:
-    """As `diagnose`, of directories."""
-    return diagnose(Bundle.open(bundle), Checkpoint.open(checkpoint, adapter), tokens, progress, network=network)

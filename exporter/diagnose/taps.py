@@ -77,8 +77,7 @@ def _of_attention(graph: ir.Graph, layer: int) -> dict[str, ir.Value | None]:
         return {}
     turned = [_made_by(source, ROTARY_EMBEDDING) for source in (attention.inputs[0], key.inputs[1])]
     return {
-        Q: turned[0] and _ahead(turned[0].inputs[0], _RESHAPING),
-        K: turned[1] and _ahead(turned[1].inputs[0], _RESHAPING),
+        **{tap: _ahead(node.inputs[0], _RESHAPING) for tap, node in zip((Q, K), turned, strict=True) if node},
         V: _ahead(value.inputs[1], _RESHAPING),
         Q_ROTATED: attention.inputs[0],
         CONTEXT: _behind_shape(attention.outputs[0]),
@@ -164,7 +163,7 @@ def _probe(graph: ir.Graph, attention: ir.Node) -> ir.Value:
     query, past = attention.inputs[0], attention.inputs[3]
     empty = next((value for value in graph.inputs if value.name == PROBE_PAST), None)
     if empty is None:
-        dtype = query.type if query is not None and query.type is not None else past and past.type
+        dtype = next((value.type for value in (query, past) if value is not None and value.type is not None), None)
         empty = ir.Value(name=PROBE_PAST, type=dtype, shape=ir.Shape(["batch", "heads", "past", "width"]))
         graph.inputs.append(empty)
     attributes = [value for name, value in attention.attributes.items() if name not in _CACHE_SCALES]
@@ -182,4 +181,5 @@ def _probe(graph: ir.Graph, attention: ir.Node) -> ir.Value:
     for value, part in zip(probe.outputs, ("context", "query", "values"), strict=True):
         value.name, value.type = f"{attention.name}.probe.{part}", empty.type
     graph.insert_after(attention, probe)
+    graph.outputs.append(probe.outputs[1])  # what no output needs is left out of an evaluation
     return probe.outputs[1]
