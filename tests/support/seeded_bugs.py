@@ -1,4 +1,4 @@
-"""Bugs of one line each in a graph of either target, in fp32, and what a diagnosis should say of each."""
+"""Bugs of one line each in a graph of either target and what a diagnosis should say of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnx
 import tensorrt_corruptions
 from onnx import numpy_helper
 
-LAYERS, HEAD_DIM = 4, 64  # of the trained checkpoint
+HEAD_DIM = 64  # of the trained checkpoint
 ATTENTIONS = ("GroupQueryAttention", "Attention")
 
 
@@ -37,7 +37,9 @@ def _get(model: onnx.ModelProto, name: str) -> np.ndarray:
 
 
 def _set(model: onnx.ModelProto, name: str, value: np.ndarray) -> None:
-    _initializer(model, name).CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value, np.float32), name))
+    """Replace an initializer's content, in the dtype it has."""
+    kept = np.ascontiguousarray(value.astype(_get(model, name).dtype))
+    _initializer(model, name).CopyFrom(numpy_helper.from_array(kept, name))
 
 
 def _attentions(model: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -127,7 +129,7 @@ def two_layers_swapped(model: onnx.ModelProto) -> None:
 def one_overflowing_weight(model: onnx.ModelProto) -> None:
     name = "model.layers.2.mlp.up_proj.weight.transposed"
     matrix = _get(model, name)
-    matrix[12, 345] = 1e38
+    matrix[12, 345] = 6e4 if matrix.dtype == np.float16 else 1e38
     _set(model, name, matrix)
 
 
