@@ -12,7 +12,7 @@ from forward_bundles import Toy
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
-    *("demo", "plan", "export", "verify", "build", "selftest"),
+    *("demo", "plan", "export", "verify", "diagnose", "build", "selftest"),
     *("generate", "chat", "predict", "inspect", "compare", "doctor"),
 )
 EXPORT_ONLY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes")
