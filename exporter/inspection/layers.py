@@ -123,8 +123,8 @@ def _fused(graph: GraphFacts, nodes: list[Node]) -> tuple[str, ...]:
             case "Relu" if node.outputs[0] in squared:
                 told["Relu, Mul (relu²)"] += 1
             case "MatMulNBits" | "DequantizeLinear":
-                form = format_of(graph, node, node.inputs[1 if node.op_type == "MatMulNBits" else 0])
-                told[f"{node.op_type} ({form.words})"] += 1
+                weight = next(name for name in node.inputs if name in graph.initializers)
+                told[f"{node.op_type} ({format_of(graph, node, weight).words})"] += 1
             case "GatherND":
                 told["GatherND (tokens whose logits are asked for)"] += 1
     return tuple(what + (f" ×{count}" if count > 1 else "") for what, count in told.items())
