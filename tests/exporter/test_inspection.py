@@ -37,6 +37,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "embeddings": {"task": "feature-extraction"},
     "embeddings in": {"inputs": "embeds", "position_ids": True, "precision": "fp16", "output_hidden_states": True},
 }
+QUICK = ("fp32", "int4 with an int8 cache", "tensorrt fp16")  # of the fast tests; each is an export
 
 Exported = Callable[[str], tuple[Bundle, GraphFacts]]
 
@@ -49,7 +50,8 @@ def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     def bundle(form: str) -> tuple[Bundle, GraphFacts]:
         path = directory / re.sub(r"\W+", "-", form)
         if not path.exists():
-            export(tiny_checkpoint, path, ExportOptions(verify=False, calibration_tokens=256, **FORMS[form]))
+            options = ExportOptions(verify=False, calibration_tokens=256, eval_tokens=64, **FORMS[form])
+            export(tiny_checkpoint, path, options)
         opened = Bundle.open(path)
         graph = read_graph(opened, complete=True)
         assert graph is not None
@@ -58,7 +60,12 @@ def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return bundle
 
 
-@pytest.fixture(params=FORMS)
+def by_form(*cases: tuple[str, ...]) -> list[Any]:
+    """Cases that begin with a form, those of the fast tests and slow ones."""
+    return [pytest.param(*case, marks=() if case[0] in QUICK else pytest.mark.slow) for case in cases]
+
+
+@pytest.fixture(params=by_form(*zip(FORMS)))
 def form(request: pytest.FixtureRequest, exported: Exported) -> tuple[str, Bundle, GraphFacts]:
     return (request.param, *exported(request.param))
 
@@ -128,7 +135,7 @@ def test_layers_that_are_alike_are_told_once_and_the_last_apart(exported):
 
 @pytest.mark.parametrize(
     ("form", "words"),
-    [
+    by_form(
         ("int8", "MatMulNBits (int8, blocks of 128, fp32 scales) ×6"),
         ("int4 with an int8 cache", "int8 cache update inside"),
         ("int4 with an int8 cache", "MatMulNBits (int4, blocks of 32, fp32 scales and zero points) ×6"),
@@ -139,7 +146,7 @@ def test_layers_that_are_alike_are_told_once_and_the_last_apart(exported):
         ("tensorrt fp16", "Attention (causal)"),
         ("whole rows", "Attention (with a mask)"),
         ("embeddings in", "com.microsoft::RotaryEmbedding (32 channels) ×2"),
-    ],
+    ),
 )
 def test_fused_operators_are_named_with_what_they_do(exported, form, words):
     _, graph = exported(form)
@@ -148,7 +155,7 @@ def test_fused_operators_are_named_with_what_they_do(exported, form, words):
 
 @pytest.mark.parametrize(
     ("form", "group", "words"),
-    [
+    by_form(
         ("fp32", "q_proj", "fp32"),
         ("tensorrt bf16, linked", "down_proj", "bf16"),
         ("tensorrt fp16", "norms", "fp32"),
@@ -159,7 +166,7 @@ def test_fused_operators_are_named_with_what_they_do(exported, form, words):
         ("int4 with an int8 cache", "o_proj", "int4, blocks of 32, fp32 scales and zero points"),
         ("int4 with an int8 cache", "cache scales", "fp32"),
         ("fp16", "rotary tables", "fp16"),
-    ],
+    ),
 )
 def test_each_group_of_tensors_has_its_precision(exported, form, group, words):
     _, graph = exported(form)
