@@ -84,6 +84,7 @@ def commands() -> click.Group:
     from exporter.cli.compare import compare
     from exporter.cli.demo import demo
     from exporter.cli.doctor import doctor
+    from exporter.cli.eval import evaluate
     from exporter.cli.export import export
     from exporter.cli.generate import generate
     from exporter.cli.inspect import inspect
@@ -108,6 +109,7 @@ def commands() -> click.Group:
             inspect,
             bench,
             compare,
+            evaluate,
             doctor,
         ),
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -13,7 +13,7 @@ from forward_bundles import Toy
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
     *("demo", "plan", "export", "verify", "build", "selftest"),
-    *("generate", "chat", "predict", "inspect", "compare", "doctor"),
+    *("generate", "chat", "predict", "inspect", "compare", "eval", "doctor"),
 )
 EXPORT_ONLY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes")
 HEAVY = (*EXPORT_ONLY, "numpy", "rich", "matplotlib", "onnxruntime", "tokenizers", "jinja2")
