@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from exporter.harness.model import BundleLM
 from exporter.harness.report import TaskReport, reports
-from exporter.harness.run import Settings, run
+from exporter.harness.run import Settings, open_tasks, run
 from exporter.harness.scoring import Tokens
 from exporter.harness.tasks import NotRun, Selection
 from runtime import Placement, load
@@ -84,7 +84,8 @@ def evaluate_bundle(
         bundle: the bundle's directory.
         selection: the tasks.
         settings: how they are run.
-        progress: called with "load", "loglikelihood", "generate" and "reference", what is done and how much there is.
+        progress: called with "documents", "load", "loglikelihood", "generate" and "reference", what is done and how
+            much there is.
         rows: that run at once, at most.
         max_length: tokens of a row (default and maximum: the bundle's).
         checkpoint: which the bundle was made from, to run on transformers.
@@ -95,11 +96,13 @@ def evaluate_bundle(
         UserError: the bundle cannot run here, or a task's documents cannot be had.
         CheckFailed: what the bundle computes is not the exported model, or not finite.
     """
+    progress("documents", 0, 1)
+    tasks = open_tasks(selection, settings)
     progress("load", 0, 1)
     started = time.perf_counter()
     model = load(bundle, task="text-generation", **placement)
     answering = BundleLM(model, batch_size=rows, max_length=max_length, progress=progress)
-    ours, theirs = run(answering, selection, settings), None
+    ours, theirs = run(answering, tasks, settings), None
     backend, remarks, length, tokens = model.backend, model.remarks, answering.max_length, answering.tokens
     seconds = {"bundle": time.perf_counter() - started}
     if checkpoint is not None:
@@ -109,7 +112,7 @@ def evaluate_bundle(
 
         started = time.perf_counter()
         beside = ReferenceLM(checkpoint, dtype=dtype, max_length=length, progress=progress)
-        theirs = run(beside, selection, settings)
+        theirs = run(beside, open_tasks(selection, settings), settings)
         seconds["reference"] = time.perf_counter() - started
     return Evaluation(
         bundle=bundle,

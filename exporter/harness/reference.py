@@ -65,7 +65,7 @@ class ReferenceLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed throughou
             max_length: tokens of a row, as the bundle's.
             progress: called with "reference", requests that are done and their number.
         """
-        logging.set_verbosity_error()  # it warns of texts that are cut later
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of texts that are cut later
         model = Reference(checkpoint).load(DTYPES[dtype]).to("cuda" if torch.cuda.is_available() else "cpu").eval()
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
         super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=1, backend="causal")

@@ -37,21 +37,29 @@ class Settings:
     run_code: bool = False
 
 
-def run(model: LM, selection: Selection, settings: Settings) -> dict[str, Any]:
-    """What `lm_eval.evaluate` returns, samples included; draws are those of `lm_eval.simple_evaluate`.
+def open_tasks(selection: Selection, settings: Settings) -> dict[str, Any]:
+    """The tasks with their documents, for one run; draws are those of `lm_eval.simple_evaluate`.
 
     Raises:
-        UserError: a task's documents cannot be had, or it asks for what the model does not do.
+        UserError: documents cannot be had, two names have a task in common, or one runs generated code.
     """
-    os.environ["DISABLE_MULTIPROC"] = "1"  # standard errors by resampling: no fork beside a loaded model
     if settings.run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     random.seed(SEEDS[0])
     np.random.seed(SEEDS[1])
-    loaded = load(selection, settings.shots, dict(settings.gen_kwargs), run_code=settings.run_code)
+    return load(selection, settings.shots, dict(settings.gen_kwargs), run_code=settings.run_code)
+
+
+def run(model: LM, tasks: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """What `lm_eval.evaluate` returns, samples included.
+
+    Raises:
+        UserError: a task asks for what the model does not do.
+    """
+    os.environ["DISABLE_MULTIPROC"] = "1"  # standard errors by resampling: no fork beside a loaded model
     results: dict[str, Any] = evaluate(
         lm=model,
-        task_dict=loaded,
+        task_dict=tasks,
         limit=settings.limit,
         bootstrap_iters=RESAMPLED,
         apply_chat_template=settings.chat,
