@@ -121,9 +121,18 @@ def _manager(names: Sequence[str], include: Sequence[Path]) -> Any:
     places = [str(directory.resolve()) for directory in include]
     if places:
         own = TaskManager(include_path=places, include_defaults=False)
-        if all(name in own.all_subtasks for name in names):
+        if all(_complete(own, name) for name in names):
             return own
     return TaskManager(include_path=places or None)
+
+
+def _complete(manager: Any, name: str) -> bool:
+    """Whether an index has a task, or a group with all that it is made of."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return False
+    parts = (entry.cfg or {}).get("task")
+    return not isinstance(parts, list) or all(isinstance(part, str) and _complete(manager, part) for part in parts)
 
 
 def _matching(manager: Any, name: str) -> list[str]:

@@ -17,7 +17,7 @@ def documents(heldout: Path) -> list[str]:
 
 
 def write_tasks(directory: Path, heldout: Path) -> Path:
-    """`tiny_choice` (4 choices, what counts as right is arbitrary), `tiny_text` and `tiny_answer`, and `tiny` of all."""
+    """`tiny_choice` (what counts as right is arbitrary), `tiny_text`, `tiny_answer`, and `tiny`: the first two."""
     texts = documents(heldout)
     words = [text.split(" ") for text in texts]
     starts = [" ".join(some[:KNOWN]) for some in words]

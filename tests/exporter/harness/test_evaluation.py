@@ -62,6 +62,7 @@ def test_the_examples_were_not_computed_for_every_question(evaluation):
     assert evaluation.tokens.computed < 0.7 * evaluation.tokens.asked
 
 
+@pytest.mark.slow
 def test_a_bundle_that_answers_otherwise_is_seen_to(tiny_checkpoint, tiny_tasks, tmp_path):
     from exporter.export import ExportOptions, export
 
@@ -69,7 +70,7 @@ def test_a_bundle_that_answers_otherwise_is_seen_to(tiny_checkpoint, tiny_tasks,
     checkpoint = Checkpoint.open(tiny_checkpoint)
     found = evaluate_bundle(bundle, select(NAMES, [tiny_tasks]), Settings(), checkpoint=checkpoint)
     assert found.tasks[0].agreement.loglikelihood > 1e-2
-    assert metrics(found.tasks[1])["bits_per_byte,none"].difference > 1e-4
+    assert abs(metrics(found.tasks[1])["bits_per_byte,none"].difference) > 1e-4
     assert found.tasks[2].agreement.different > 0
 
 

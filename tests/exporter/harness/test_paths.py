@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +37,7 @@ def test_every_beginning_is_computed_once_and_every_target_wanted_once(queries):
 @given(QUERIES)
 def test_what_a_path_shares_is_what_the_one_before_it_has(queries):
     paths = lay_out(queries)
-    for before, path in zip(paths, paths[1:], strict=False):
+    for before, path in itertools.pairwise(paths):
         assert np.array_equal(before.tokens[: path.common], path.tokens[: path.common])
 
 

@@ -47,11 +47,11 @@ def test_own_tasks_need_no_look_through_lm_evals(tiny_tasks, monkeypatch):
         return TaskManager(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr(tasks, "TaskManager", manager)
-    assert select(["tiny_choice", "tiny_text"], [tiny_tasks]).chosen
+    assert select(["tiny_choice", "tiny"], [tiny_tasks]).chosen
 
 
 def test_a_task_that_runs_generated_code_needs_the_users_word(few):
-    with pytest.raises(UserError, match="humaneval runs code that the model wrote.*--run-generated-code"):
+    with pytest.raises(UserError, match=r"humaneval runs code that the model wrote.*--run-generated-code"):
         select(["humaneval"])
     assert select(["humaneval"], run_code=True).chosen[0].name == "humaneval"
 
@@ -95,7 +95,7 @@ def test_a_task_asked_for_twice_is_refused(few, tiny_tasks):
 
 def test_documents_out_of_reach_are_told_in_one_line(few):
     with pytest.raises(
-        UserError, match="task hellaswag: its documents cannot be loaded .*Hub.* where the hub is reached"
+        UserError, match=r"task hellaswag: its documents cannot be loaded .*Hub.* where the hub is reached"
     ):
         open_tasks(select(["hellaswag"]), Settings())
 
@@ -104,7 +104,7 @@ def test_documents_that_are_none_are_told_in_one_line(tmp_path):
     (tmp_path / "bad.jsonl").write_text("no JSON\n")
     place = f"{{data_files: {tmp_path / 'bad.jsonl'}, cache_dir: {tmp_path / 'cache'}}}"
     (tmp_path / "bad.yaml").write_text(f"task: bad\ndataset_path: json\ndataset_kwargs: {place}\ntest_split: train\n")
-    with pytest.raises(UserError, match="task bad: its documents cannot be loaded .*correct the task's file"):
+    with pytest.raises(UserError, match=r"task bad: its documents cannot be loaded .*correct the task's file"):
         open_tasks(select(["bad"], [tmp_path]), Settings())
 
 
