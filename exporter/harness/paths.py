@@ -21,8 +21,8 @@ class Query:
         targets: the continuation, which the last positions of `tokens` should predict.
     """
 
-    tokens: Sequence[int]
-    targets: Sequence[int]
+    tokens: list[int]
+    targets: list[int]
 
 
 @dataclass
@@ -54,7 +54,7 @@ def lay_out(queries: Sequence[Query]) -> list[Path]:
     paths: list[Path] = []
     owners: list[int] = []  # of each position of the newest path: the path that computes it
     newest: Ints = np.empty(0, np.int64)
-    for number in sorted(range(len(queries)), key=lambda number: tuple(queries[number].tokens)):
+    for number in sorted(range(len(queries)), key=lambda number: queries[number].tokens):
         query = queries[number]
         tokens = np.asarray(query.tokens, np.int64)
         common = _common(newest, tokens)
