@@ -31,7 +31,7 @@ class Evaluation:
         bundle: its directory.
         backend: what ran it.
         max_length: tokens of a row, of bundle and reference.
-        remarks: what a user should know of the loaded bundle.
+        remarks: what a user should know of the loaded bundle, and of published numbers that were not measured alike.
         reference: the checkpoint and the dtype it ran in, where one did.
         tasks: each with its numbers.
         not_run: tasks of a set that were left out.
@@ -103,7 +103,8 @@ def evaluate_bundle(
     model = load(bundle, task="text-generation", **placement)
     answering = BundleLM(model, batch_size=rows, max_length=max_length, progress=progress)
     ours, theirs = run(answering, tasks, settings), None
-    backend, remarks, length, tokens = model.backend, model.remarks, answering.max_length, answering.tokens
+    backend, length, tokens = model.backend, answering.max_length, answering.tokens
+    remarks = [*model.remarks, *selection.remarks]
     seconds = {"bundle": time.perf_counter() - started}
     if checkpoint is not None:
         del model, answering

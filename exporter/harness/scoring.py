@@ -28,7 +28,7 @@ class Score:
 
 @dataclass
 class Tokens:
-    """Tokens that were asked for, each query with its context, and those that the model computed for them."""
+    """Tokens that were asked for, each query with its context, and those that were sent to the model for them."""
 
     asked: int = 0
     computed: int = 0

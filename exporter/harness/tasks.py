@@ -43,6 +43,12 @@ class Selection:
     chosen: tuple[Chosen, ...]
     not_run: tuple[NotRun, ...] = ()
 
+    @property
+    def remarks(self) -> list[str]:
+        """Where a published number was not measured as it is here."""
+        published = (item.published for item in self.chosen if item.published)
+        return [f"{number.task}: {number.remark}" for number in published if number.remark]
+
 
 def select(names: Sequence[str], include: Sequence[Path] = (), *, run_code: bool = False) -> Selection:
     """Find tasks by their names: lm-eval's, patterns of them (`mmlu_*`), those of own files, and sets of `published`.

@@ -85,11 +85,12 @@ def test_a_groups_tasks_and_a_limit_are_as_asked(tiny_bundle, tiny_tasks):
 @pytest.mark.parametrize(("shots", "shown"), [(None, 0.5), (1, None)])
 def test_a_published_number_is_shown_where_as_many_examples_are_given(tiny_bundle, tiny_tasks, shots, shown):
     selection = select(["tiny_choice"], [tiny_tasks])
-    published = Published("tiny_choice", 2, "acc", "none", 0.5)
+    published = Published("tiny_choice", 2, "acc", "none", 0.5, "measured otherwise")
     selection = replace(selection, chosen=(Chosen("tiny_choice", published),))
     found = evaluate_bundle(tiny_bundle, selection, Settings(shots=shots, limit=2))
     assert metrics(found.tasks[0])["acc,none"].published == shown
     assert metrics(found.tasks[0])["acc_norm,none"].published is None
+    assert found.remarks == ["tiny_choice: measured otherwise"]
 
 
 def test_the_chat_template_is_put_around_questions(tiny_bundle, tiny_tasks, tiny_checkpoint):
