@@ -85,6 +85,7 @@ def commands() -> click.Group:
     from exporter.cli.demo import demo
     from exporter.cli.diagnose import diagnose
     from exporter.cli.doctor import doctor
+    from exporter.cli.eval import evaluate
     from exporter.cli.export import export
     from exporter.cli.generate import generate
     from exporter.cli.inspect import inspect
@@ -110,6 +111,7 @@ def commands() -> click.Group:
             inspect,
             bench,
             compare,
+            evaluate,
             doctor,
         ),
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -27,6 +27,10 @@ def _checkpoint(_ctx: click.Context, _param: click.Parameter, value: str) -> Pat
     return Path(value) if Path(value).is_dir() else value
 
 
+def _reference(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | str | None:
+    return None if value is None else _checkpoint(ctx, param, value)
+
+
 def _adapter(_ctx: click.Context, _param: click.Parameter, value: Path | None) -> Path | None:
     from runtime.errors import UserError
 
@@ -58,6 +62,12 @@ class TokenIds(click.ParamType[list[int]]):
 
 # Looked at before torch is imported: a mistyped path should not take seconds.
 checkpoint_argument = click.argument("checkpoint", type=click.Path(), callback=_checkpoint)
+reference_option = click.option(
+    "--reference",
+    metavar="CHECKPOINT",
+    callback=_reference,
+    help="Ask the checkpoint the same on transformers.",
+)
 memory_option = click.option(
     "--memory",
     metavar="SIZE",

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from forward_bundles import Toy
+from lm_eval_tasks import write_tasks
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
     *("demo", "plan", "export", "verify", "diagnose", "build", "selftest"),
-    *("generate", "chat", "predict", "inspect", "compare", "doctor"),
+    *("generate", "chat", "predict", "inspect", "compare", "eval", "doctor"),
 )
 EXPORT_ONLY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes")
 HEAVY = (*EXPORT_ONLY, "numpy", "rich", "matplotlib", "onnxruntime", "tokenizers", "jinja2")
@@ -81,6 +82,15 @@ def test_predicting_needs_no_torch(tmp_path):
     report = probe("predict", path, "--text", "mars", "--json")
     assert report["code"] == 0
     assert report["out"]
+    assert not set(EXPORT_ONLY) & set(report["modules"])
+
+
+def test_benchmarks_need_no_torch(tiny_bundle, tiny_checkpoint, tmp_path):
+    tasks = write_tasks(tmp_path, tiny_checkpoint / "heldout.txt")
+    names = "tiny_choice,tiny_text,tiny_answer"
+    report = probe("eval", tiny_bundle, "--tasks", names, "--include-path", tasks, "--limit", 4, "--json")
+    assert report["code"] == 0
+    assert len(json.loads(report["out"])["tasks"]) == 3
     assert not set(EXPORT_ONLY) & set(report["modules"])
 
 
