@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 
 from exporter.bench.process import memory_of
 from exporter.bench.serve import decode, prompt
+from runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from exporter.bench.measure import Case
+    from runtime.bundle import Bundle
     from runtime.generate import Event
     from runtime.text_generation import TextGenerator
 
@@ -67,3 +70,31 @@ class Here:
     def memory(self) -> dict[str, int]:
         """See `memory_of`."""
         return memory_of("self")
+
+
+def check_fits(model: TextGenerator, cases: Sequence[Case], new_tokens: int) -> None:
+    """Refuse rows that pass what a model holds.
+
+    Raises:
+        UserError: there are such.
+    """
+    for case in cases:
+        if case.prompt_tokens + new_tokens > model.max_length:
+            raise UserError(
+                f"a prompt of {case.prompt_tokens} tokens and {new_tokens} new ones pass the {model.max_length} that "
+                f"{model.bundle.path} has on {model.backend}; take fewer"
+            )
+        if model.max_slots is not None and case.batch > model.max_slots:
+            raise UserError(
+                f"a batch of {case.batch} passes the {model.max_slots} rows that {model.bundle.path} has on "
+                f"{model.backend}; take a smaller --batch-size"
+            )
+
+
+def step_bytes(bundle: Bundle, rows: int, context: int) -> int | None:
+    """That a decode step reads: the weights once, and each row's cache of `context` tokens; None where untold."""
+    weights = bundle.manifest.step_bytes
+    if weights is None:
+        return None
+    cached = bundle.cache_geometry.bytes_per_token if bundle.has_cache else 0
+    return weights + rows * context * cached

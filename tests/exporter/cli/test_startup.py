@@ -13,8 +13,9 @@ from forward_bundles import Toy
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
     *("demo", "plan", "export", "verify", "build", "selftest"),
-    *("generate", "chat", "predict", "inspect", "compare", "doctor"),
+    *("generate", "chat", "predict", "inspect", "bench", "compare", "doctor"),
 )
+QUICK_BENCH = ("--rounds", "1", "--new-tokens", "2", "--prompt-tokens", "4", "--batch-size", "1")
 EXPORT_ONLY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes")
 HEAVY = (*EXPORT_ONLY, "numpy", "rich", "matplotlib", "onnxruntime", "tokenizers", "jinja2")
 
@@ -60,6 +61,11 @@ def test_help_lists_every_command():
         ("selftest", "{bundle}", "--json"),
         ("inspect", "{bundle}", "--json"),
         ("inspect", "{checkpoint}", "--json"),
+        ("bench", "{bundle}", *QUICK_BENCH, "--json"),
+        pytest.param(
+            ("bench", "{bundle}", *QUICK_BENCH, "--against", "transformers", "--checkpoint", "{checkpoint}"),
+            marks=pytest.mark.slow,
+        ),
         ("compare", "{bundle}", "--json"),
         ("doctor", "--json"),
     ],
