@@ -14,8 +14,9 @@ from lm_eval_tasks import write_tasks
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
     *("demo", "plan", "export", "verify", "diagnose", "build", "selftest"),
-    *("generate", "chat", "predict", "inspect", "compare", "eval", "doctor"),
+    *("generate", "chat", "predict", "inspect", "bench", "compare", "eval", "doctor"),
 )
+QUICK_BENCH = ("--rounds", "1", "--new-tokens", "2", "--prompt-tokens", "4", "--batch-size", "1")
 EXPORT_ONLY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes")
 HEAVY = (*EXPORT_ONLY, "numpy", "rich", "matplotlib", "onnxruntime", "tokenizers", "jinja2")
 
@@ -61,6 +62,11 @@ def test_help_lists_every_command():
         ("selftest", "{bundle}", "--json"),
         ("inspect", "{bundle}", "--json"),
         ("inspect", "{checkpoint}", "--json"),
+        ("bench", "{bundle}", *QUICK_BENCH, "--json"),
+        pytest.param(
+            ("bench", "{bundle}", *QUICK_BENCH, "--against", "transformers", "--checkpoint", "{checkpoint}"),
+            marks=pytest.mark.slow,
+        ),
         ("compare", "{bundle}", "--json"),
         ("doctor", "--json"),
     ],
