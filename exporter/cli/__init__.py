@@ -87,6 +87,7 @@ def commands() -> click.Group:
     from exporter.cli.export import export
     from exporter.cli.generate import generate
     from exporter.cli.inspect import inspect
+    from exporter.cli.package import package
     from exporter.cli.plan import plan
     from exporter.cli.predict import predict
     from exporter.cli.selftest import selftest
@@ -101,6 +102,7 @@ def commands() -> click.Group:
             export,
             verify,
             build,
+            package,
             selftest,
             generate,
             chat,
