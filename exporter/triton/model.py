@@ -58,9 +58,8 @@ class TritonPythonModel:
         )
         for remark in self._model.remarks:
             pb_utils.Logger.log_warn(remark)
-        slots = number(given, "slots")
-        batch = self._model.batch(slots=8 if slots is None else slots, max_length=number(given, "max_length"))
-        self._worker = Worker(batch)
+        limits = {name: value for name in ("slots", "max_length") if (value := number(given, name)) is not None}
+        self._worker = Worker(self._model.batch(**limits))
         pb_utils.Logger.log_info(f"{args['model_name']}: {self._model.backend} on {self._model.device}")
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -148,7 +147,9 @@ def values(tensor: Any) -> list[Any]:
     try:
         return [value.decode("utf-8") for value in array]
     except UnicodeDecodeError as error:
-        raise UserError(f"{tensor.name()} is not UTF-8 ({error.object[error.start : error.end]!a})") from error
+        raise UserError(
+            f"{tensor.name()} is not UTF-8 ({error.object[error.start : error.end]!a}); send UTF-8"
+        ) from error
 
 
 @dataclass(eq=False)

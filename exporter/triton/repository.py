@@ -12,7 +12,7 @@ from exporter.staging import Kind, staged
 from exporter.triton.config import CPU, GPU, Serving, config_text
 from runtime.bundle import Bundle
 from runtime.errors import UserError
-from runtime.manifest import MANIFEST, Manifest
+from runtime.manifest import MANIFEST, Engine
 
 Progress = Callable[[str, int, int], None]
 
@@ -75,9 +75,12 @@ def package(
     bundle.check_task("text-generation")
     manifest = bundle.manifest
     name = _checked(manifest.source.name, "the checkpoint's name") if name is None else _checked(name, "--name")
+    engines = _engines(bundle, serving)
     if serving.slots is None:
-        serving = replace(serving, slots=min([SLOTS, *(engine.max_batch_size for engine in manifest.engines)]))
-    kind = GPU if _on_gpu(manifest, serving) else CPU
+        serving = replace(serving, slots=min([SLOTS, *(engine.max_batch_size for engine in engines)]))
+    kind = GPU if engines or serving.device == "cuda" else CPU
+    flavors = {engine.flavor for engine in engines}
+    extras = tuple(extra for flavor, extra in EXTRAS.items() if flavor in flavors) or ("gpu" if kind == GPU else "cpu",)
     here = repository.resolve()
     if here == here.parent or here.is_relative_to(path.resolve()):
         raise UserError(f"{repository} is no place for models; give a directory of its own, outside of the bundle")
@@ -86,7 +89,7 @@ def package(
         copied = _copy(bundle, staging / VERSION / BUNDLE, progress)
         shutil.copyfile(Path(__file__).with_name("model.py"), staging / VERSION / "model.py")
         (staging / CONFIG).write_text(config_text(name, serving, kind), encoding="utf-8")
-    return Packaged(name, place, serving, kind, _extras(manifest, serving, kind), copied)
+    return Packaged(name, place, serving, kind, extras, copied)
 
 
 def _checked(name: str, what: str) -> str:
@@ -98,18 +101,22 @@ def _checked(name: str, what: str) -> str:
     return name
 
 
-def _on_gpu(manifest: Manifest, serving: Serving) -> bool:
-    """Whether a GPU is to run it: asked for by device or backend, or by an engine that `auto` would take."""
-    if serving.device is not None:
-        return serving.device == "cuda"
-    return serving.backend.startswith("tensorrt") or (serving.backend == "auto" and bool(manifest.engines))
+def _engines(bundle: Bundle, serving: Serving) -> list[Engine]:
+    """The engines that may run it.
 
-
-def _extras(manifest: Manifest, serving: Serving, kind: str) -> tuple[str, ...]:
-    """The extras that bring what runs it: TensorRT's two, or one of the two ONNX Runtimes."""
-    flavors = {engine.flavor for engine in manifest.engines} if serving.backend == "auto" else {serving.backend}
-    found = tuple(extra for flavor, extra in EXTRAS.items() if flavor in flavors and serving.device is None)
-    return found or ("gpu" if kind == GPU else "cpu",)
+    Raises:
+        UserError: it is to run on one, and there is none, or not on a GPU.
+    """
+    asked = serving.backend in EXTRAS
+    if asked and serving.device == "cpu":
+        raise UserError(f"{serving.backend} runs on the GPU; leave out --device cpu, or use --backend onnxruntime")
+    found = [engine for engine in bundle.manifest.engines if serving.backend in ("auto", engine.flavor)]
+    if asked and not found:
+        raise UserError(
+            f"{bundle.path} has no engine of {serving.backend}; build one: nemotron-export build {bundle.path} "
+            f"--flavor {serving.backend}"
+        )
+    return [] if serving.device == "cpu" else found
 
 
 def _copy(bundle: Bundle, target: Path, progress: Progress) -> int:

@@ -12,7 +12,7 @@ from forward_bundles import Toy
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
-    *("demo", "plan", "export", "verify", "build", "selftest"),
+    *("demo", "plan", "export", "verify", "build", "package", "selftest"),
     *("generate", "chat", "predict", "inspect", "compare", "doctor"),
 )
 EXPORT_ONLY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes")
@@ -61,13 +61,13 @@ def test_help_lists_every_command():
         ("inspect", "{bundle}", "--json"),
         ("inspect", "{checkpoint}", "--json"),
         ("compare", "{bundle}", "--json"),
+        ("package", "{bundle}", "--triton", "{models}", "--json"),
         ("doctor", "--json"),
     ],
 )
-def test_the_deployment_machine_needs_no_torch(arguments, tiny_bundle, tiny_checkpoint):
-    report = probe(
-        *(argument.format(bundle=tiny_bundle, checkpoint=tiny_checkpoint) for argument in arguments), stdin="Hello\n"
-    )
+def test_the_deployment_machine_needs_no_torch(arguments, tiny_bundle, tiny_checkpoint, tmp_path):
+    places = {"bundle": tiny_bundle, "checkpoint": tiny_checkpoint, "models": tmp_path / "models"}
+    report = probe(*(argument.format(**places) for argument in arguments), stdin="Hello\n")
     assert report["code"] == 0
     assert report["out"]
     assert not set(EXPORT_ONLY) & set(report["modules"])
