@@ -136,12 +136,7 @@ def open_session(
         from runtime.trt_session import TrtSession
 
         return TrtSession(opened, chosen=chosen, slots=slots, capacity=capacity)
-    if device == "cuda" and opened.manifest.target == "onnxruntime" and opened.manifest.activations == "fp32":
-        raise UserError(
-            f"{opened.path} has fp32 activations, and ONNX Runtime's grouped attention on CUDA takes 16 bit only: it "
-            "would run on the CPU, its cache carried over at every step; use --device cpu, or export with fp16 "
-            "activations (--precision fp16, or those of a --recipe)"
-        )
+    check_precision(opened, device)
     from runtime.ort_session import OrtSession
 
     try:
@@ -168,6 +163,20 @@ def check_backend(backend: str, device: str | None, threads: int | None) -> None
         raise UserError(f"unknown device {device!r}; known: {', '.join(DEVICES)}")
     if threads is not None and threads < 1:
         raise UserError(f"threads should be at least 1, not {threads}")
+
+
+def check_precision(bundle: Bundle, device: str | None) -> None:
+    """Refuse a graph that ONNX Runtime has no kernels for on this device.
+
+    Raises:
+        UserError: it is of target onnxruntime and computes in fp32, on CUDA.
+    """
+    if device == "cuda" and bundle.manifest.target == "onnxruntime" and bundle.manifest.activations == "fp32":
+        raise UserError(
+            f"{bundle.path} has fp32 activations, and ONNX Runtime's grouped attention on CUDA takes 16 bit only: it "
+            "would run on the CPU, its cache carried over at every step; use --device cpu, or export with fp16 "
+            "activations (--precision fp16, or those of a --recipe)"
+        )
 
 
 def remarks(bundle: Bundle, choice: str) -> list[str]:

@@ -13,6 +13,7 @@ from exporter.triton.config import CPU, GPU, Serving, config_text
 from runtime.bundle import Bundle
 from runtime.errors import UserError
 from runtime.manifest import MANIFEST, Engine
+from runtime.session import check_precision
 
 Progress = Callable[[str, int, int], None]
 
@@ -69,12 +70,14 @@ def package(
         progress: called with a stage, the bytes done and all of them.
 
     Raises:
-        UserError: no bundle that generates text, a name that is none, or a destination that must not be replaced.
+        UserError: no bundle that generates text, nothing that runs it as it should be, a name that is none, or a
+            destination that must not be replaced.
     """
     bundle = Bundle.open(path)
     bundle.check_task("text-generation")
-    manifest = bundle.manifest
-    name = _checked(manifest.source.name, "the checkpoint's name") if name is None else _checked(name, "--name")
+    check_precision(bundle, serving.device)
+    source = bundle.manifest.source
+    name = _checked(source.name, "the checkpoint's name") if name is None else _checked(name, "--name")
     engines = _engines(bundle, serving)
     if serving.slots is None:
         serving = replace(serving, slots=min([SLOTS, *(engine.max_batch_size for engine in engines)]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ REQUIREMENTS = (
 PROMPT = "Complete the paragraph: our solar system is"
 NEW = 32
 
-# Prints what `generate` gives for rows of token ids, with a mask of zeros where an id is null.
+# Prints what `generate` gives for each case: rows of token ids, with a mask of zeros where an id is null, and options.
 SCRIPT = """
 import json, sys
 import torch
@@ -34,55 +35,56 @@ from optimum.onnxruntime import ORTModelForCausalLM
 
 model = ORTModelForCausalLM.from_pretrained(sys.argv[1])
 assert model.can_use_cache
-rows, options = map(json.loads, sys.argv[2:])
-mask = torch.tensor([[int(token is not None) for token in row] for row in rows])
-ids = torch.tensor([[token or 0 for token in row] for row in rows])
-torch.manual_seed(options.pop("seed", 0))
-print(json.dumps(model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1]:].tolist()))
+told = []
+for rows, options in json.loads(sys.argv[2]):
+    mask = torch.tensor([[int(token is not None) for token in row] for row in rows])
+    ids = torch.tensor([[token or 0 for token in row] for row in rows])
+    torch.manual_seed(options.pop("seed", 0))
+    told.append(model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1]:].tolist())
+print(json.dumps(told))
 """
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW}
+SAMPLING: dict[str, Any] = {"do_sample": True, "max_new_tokens": NEW, "seed": 3, "top_k": 20, "temperature": 1.3}
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Rows of one length, and of two; what optimum said to the first greedily and by sampling, and to the others."""
+
+    even: list[list[int]]
+    uneven: list[list[int | None]]
+    told: list[list[list[int]]]
 
 
 @pytest.fixture(scope="module")
-def python() -> Path:
+def cases(tiny_bundle: Path) -> Cases:
     bin_ = environment("optimum-beside-ours", REQUIREMENTS, constraints=None)
     packages = bin_.parent / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
     (packages / "ours.pth").write_text(sysconfig.get_path("purelib"))
-    return bin_ / "python"
+
+    encode = Tokenizer(Bundle.open(tiny_bundle)).encode
+    whole, other, short = encode(PROMPT), encode("The Sun is a star and the Moon is"), encode("The Sun")
+    length = min(len(whole), len(other))
+    even = [whole[:length], other[:length]]
+    uneven = [whole, [None] * (len(whole) - len(short)) + short]
+    asked = [(even, GREEDY), (even, SAMPLING), (uneven, GREEDY)]
+    return Cases(even, uneven, json.loads(run([bin_ / "python", "-c", SCRIPT, tiny_bundle, json.dumps(asked)])))
 
 
-def theirs(python: Path, bundle: Path, rows: list[list[int | None]], **options: Any) -> list[list[int]]:
-    tokens: list[list[int]] = json.loads(run([python, "-c", SCRIPT, bundle, json.dumps(rows), json.dumps(options)]))
-    return tokens
-
-
-@pytest.fixture(scope="module")
-def encode(tiny_bundle: Path) -> Any:
-    return Tokenizer(Bundle.open(tiny_bundle)).encode
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"do_sample": False}, {"do_sample": True, "seed": 3, "top_k": 20, "temperature": 1.3}],
-    ids=["greedy", "sampling"],
-)
+@pytest.mark.parametrize(("case", "options"), [(0, GREEDY), (1, SAMPLING)], ids=["greedy", "sampling"])
 def test_rows_of_one_length_have_transformers_tokens(
-    python: Path, tiny_bundle: Path, tiny_checkpoint: Path, encode: Any, options: dict[str, Any]
+    cases: Cases, tiny_checkpoint: Path, case: int, options: dict[str, Any]
 ) -> None:
-    first, second = encode(PROMPT), encode("The Sun is a star and the Moon is")
-    length = min(len(first), len(second))
-    rows = [first[:length], second[:length]]
-    expected = reference_tokens(tiny_checkpoint, rows, max_new_tokens=NEW, **options)
-    assert theirs(python, tiny_bundle, rows, max_new_tokens=NEW, **options) == expected
+    expected = reference_tokens(tiny_checkpoint, cases.even, **options)
+    assert cases.told[case] == expected
     assert len(expected[0]) > 8
 
 
 def test_a_row_padded_on_the_left_as_optimum_pads_gets_padding_alone_and_no_wrong_text(
-    python: Path, tiny_bundle: Path, tiny_checkpoint: Path, encode: Any
+    cases: Cases, tiny_checkpoint: Path
 ) -> None:
     # The graph counts positions from a row's first column, so it answers such a row with logits that are not numbers:
     # their argmax is token 0, this checkpoint's padding. Rows of unequal length go one by one.
-    whole, short = encode(PROMPT), encode("The Sun")
-    rows = [whole, [None] * (len(whole) - len(short)) + short]
-    full, padded = theirs(python, tiny_bundle, rows, max_new_tokens=8, do_sample=False)
-    assert full == reference_tokens(tiny_checkpoint, [whole], max_new_tokens=8, do_sample=False)[0]
-    assert padded == [0] * 8
+    full, padded = cases.told[2]
+    assert full == reference_tokens(tiny_checkpoint, cases.uneven[:1], **GREEDY)[0]
+    assert not any(padded)

@@ -41,24 +41,23 @@ def served(packaged: Packaged) -> tuple[str, dict[str, str], tuple[str, ...]]:
     return kind, dict(re.findall(r'key: "(\w+)" value { string_value: "([^"]*)" }', text)), packaged.extras
 
 
-@pytest.mark.parametrize(
-    ("serving", "expected"),
-    [
-        (Serving(), ("KIND_CPU", {"slots": "8", "backend": "auto"}, ("cpu",))),
-        (
-            Serving(slots=3, max_length=64, device="cuda", threads=2),
-            (
-                "KIND_GPU",
-                {"slots": "3", "max_length": "64", "backend": "auto", "device": "cuda", "threads": "2"},
-                ("gpu",),
-            ),
-        ),
-    ],
-)
 def test_a_bundle_without_an_engine_runs_where_it_is_told(
-    tiny_bundle: Path, tmp_path: Path, serving: Serving, expected: tuple[str, dict[str, str], tuple[str, ...]]
+    tiny_bundle: Path, tensorrt_bundle: Path, tmp_path: Path
 ) -> None:
-    assert served(package(tiny_bundle, tmp_path, serving)) == expected
+    unasked = package(tiny_bundle, tmp_path / "cpu", Serving())
+    assert served(unasked) == ("KIND_CPU", {"slots": "8", "backend": "auto"}, ("cpu",))
+    given = {"slots": 3, "max_length": 64, "device": "cuda", "threads": 2}
+    asked = package(tensorrt_bundle, tmp_path / "gpu", Serving(**given))
+    written = {name: str(value) for name, value in given.items()}
+    assert served(asked) == ("KIND_GPU", {**written, "backend": "auto"}, ("gpu",))
+
+
+def test_a_bundle_that_cuda_would_not_run_is_refused_here_and_not_by_the_server(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="has fp32 activations, and ONNX Runtime's grouped attention on CUDA"):
+        package(tiny_bundle, tmp_path / "models", Serving(device="cuda"))
+    assert not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize(
