@@ -83,6 +83,7 @@ def commands() -> click.Group:
     from exporter.cli.chat import chat
     from exporter.cli.compare import compare
     from exporter.cli.demo import demo
+    from exporter.cli.diagnose import diagnose
     from exporter.cli.doctor import doctor
     from exporter.cli.export import export
     from exporter.cli.generate import generate
@@ -101,6 +102,7 @@ def commands() -> click.Group:
             plan,
             export,
             verify,
+            diagnose,
             build,
             package,
             selftest,

@@ -41,6 +41,21 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
     return None if value is None else parse_size(value)
 
 
+class TokenIds(click.ParamType[list[int]]):
+    """Token ids separated by commas."""
+
+    name = "5,17,3"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """Read the numbers."""
+        if isinstance(value, list):
+            return value
+        try:
+            return [int(token) for token in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of token ids such as 5,17,3", param, ctx)
+
+
 # Looked at before torch is imported: a mistyped path should not take seconds.
 checkpoint_argument = click.argument("checkpoint", type=click.Path(), callback=_checkpoint)
 memory_option = click.option(

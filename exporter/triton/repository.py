@@ -13,7 +13,7 @@ from exporter.triton.config import CPU, GPU, Serving, config_text
 from runtime.bundle import Bundle
 from runtime.errors import UserError
 from runtime.manifest import MANIFEST, Engine
-from runtime.session import check_precision
+from runtime.session import check_placement
 
 Progress = Callable[[str, int, int], None]
 
@@ -75,7 +75,7 @@ def package(
     """
     bundle = Bundle.open(path)
     bundle.check_task("text-generation")
-    check_precision(bundle, serving.device)
+    check_placement(bundle, serving.device)
     source = bundle.manifest.source
     name = _checked(source.name, "the checkpoint's name") if name is None else _checked(name, "--name")
     engines = _engines(bundle, serving)
