@@ -136,7 +136,7 @@ def open_session(
         from runtime.trt_session import TrtSession
 
         return TrtSession(opened, chosen=chosen, slots=slots, capacity=capacity)
-    _check_placement(opened, device)
+    check_placement(opened, device)
     from runtime.ort_session import OrtSession
 
     try:
@@ -173,7 +173,7 @@ def check_runs(bundle: Bundle, backend: str, device: str | None = None) -> None:
     if chosen is None:
         from runtime.ort_session import check_cached
 
-        _check_placement(bundle, device)
+        check_placement(bundle, device)
         check_cached(bundle, device or "cpu")
 
 
@@ -215,8 +215,12 @@ def _choose(bundle: Bundle, backend: str, device: str | None) -> tuple[Chosen | 
         return None, str(error)
 
 
-def _check_placement(bundle: Bundle, device: str | None) -> None:
-    """Refuse what ONNX Runtime would run elsewhere than it is asked to."""
+def check_placement(bundle: Bundle, device: str | None) -> None:
+    """Refuse what ONNX Runtime would run elsewhere than it is asked to.
+
+    Raises:
+        UserError: a graph of target onnxruntime that computes in fp32, on CUDA.
+    """
     if device == "cuda" and bundle.manifest.target == "onnxruntime" and bundle.manifest.activations == "fp32":
         raise UserError(
             f"{bundle.path} has fp32 activations, and ONNX Runtime's grouped attention on CUDA takes 16 bit only: it "

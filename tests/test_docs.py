@@ -12,7 +12,19 @@ import pytest
 from exporter.cli import commands, run
 from tools.pages import NEEDS, PAGES, PROGRAM, ROOT, SHELL, Reader, examples, inline, same, settle
 
-HERE = {"rsync", "ssh", "docker", "pip", "python", "python3", "make", "source", "git", "tritonserver"}  # of `host`
+HERE = {
+    "rsync",
+    "ssh",
+    "docker",
+    "pip",
+    "python",
+    "python3",
+    "make",
+    "source",
+    "git",
+    "tritonserver",
+    "curl",
+}  # of `host`
 
 
 def named() -> list[list[str]]:
@@ -111,10 +123,17 @@ def test_the_containers_commands_are_of_the_program() -> None:
     for page in PAGES:
         for example in examples(page.read_text(encoding="utf-8")):
             words = [] if example.python else example.words
-            if words[:2] == ["docker", "run"]:
+            if words[:2] == ["docker", "run"] and PROGRAM in words:
                 rest = words[words.index(PROGRAM) + 1 :]
                 assert rest[0] in commands().commands
                 assert rest[1] == "/bundle"
+
+
+def test_the_page_on_triton_names_every_tensor_of_the_model() -> None:
+    from exporter.triton.config import INPUTS, OUTPUTS
+
+    text = (ROOT / "docs" / "serve-triton.md").read_text(encoding="utf-8")
+    assert not [name for name, _, _ in (*INPUTS, *OUTPUTS) if f"`{name}`" not in text]
 
 
 def test_the_image_copies_what_the_wheel_is_made_of() -> None:

@@ -89,6 +89,7 @@ def commands() -> click.Group:
     from exporter.cli.export import export
     from exporter.cli.generate import generate
     from exporter.cli.inspect import inspect
+    from exporter.cli.package import package
     from exporter.cli.plan import plan
     from exporter.cli.predict import predict
     from exporter.cli.selftest import selftest
@@ -104,6 +105,7 @@ def commands() -> click.Group:
             verify,
             diagnose,
             build,
+            package,
             selftest,
             generate,
             chat,

@@ -13,7 +13,7 @@ from lm_eval_tasks import write_tasks
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
-    *("demo", "plan", "export", "verify", "diagnose", "build", "selftest"),
+    *("demo", "plan", "export", "verify", "diagnose", "build", "package", "selftest"),
     *("generate", "chat", "predict", "inspect", "bench", "compare", "eval", "doctor"),
 )
 QUICK_BENCH = ("--rounds", "1", "--new-tokens", "2", "--prompt-tokens", "4", "--batch-size", "1")
@@ -68,13 +68,13 @@ def test_help_lists_every_command():
             marks=pytest.mark.slow,
         ),
         ("compare", "{bundle}", "--json"),
+        ("package", "{bundle}", "--triton", "{models}", "--json"),
         ("doctor", "--json"),
     ],
 )
-def test_the_deployment_machine_needs_no_torch(arguments, tiny_bundle, tiny_checkpoint):
-    report = probe(
-        *(argument.format(bundle=tiny_bundle, checkpoint=tiny_checkpoint) for argument in arguments), stdin="Hello\n"
-    )
+def test_the_deployment_machine_needs_no_torch(arguments, tiny_bundle, tiny_checkpoint, tmp_path):
+    places = {"bundle": tiny_bundle, "checkpoint": tiny_checkpoint, "models": tmp_path / "models"}
+    report = probe(*(argument.format(**places) for argument in arguments), stdin="Hello\n")
     assert report["code"] == 0
     assert report["out"]
     graph = (
