@@ -102,7 +102,7 @@ def test_examples_print_what_the_page_shows(page: Path, tmp_path: Path, monkeypa
     for example in examples(page.read_text(encoding="utf-8")):
         if not example.needs:
             printed = reader.does(example)
-            assert same(example.shown or "", printed), f"{example.source}\nprints:\n{printed}\nshown:\n{example.shown}"
+            assert example.shows(printed), f"{example.source}\nprints:\n{printed}\nshown:\n{example.shown}"
 
 
 def test_what_differs_is_seen_and_what_is_measured_is_not_compared() -> None:
