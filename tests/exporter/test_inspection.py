@@ -37,7 +37,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "embeddings": {"task": "feature-extraction"},
     "embeddings in": {"inputs": "embeds", "position_ids": True, "precision": "fp16", "output_hidden_states": True},
 }
-QUICK = ("fp32", "int4 with an int8 cache", "tensorrt fp16")  # of the fast tests; each is an export
+QUICK = ("int4 with an int8 cache", "tensorrt fp16")  # of the fast tests; each is an export
 
 Exported = Callable[[str], tuple[Bundle, GraphFacts]]
 
@@ -177,6 +177,7 @@ def test_each_group_of_tensors_has_its_precision(exported, form, group, words):
     )
 
 
+@pytest.mark.slow
 def test_a_mixed_recipe_shows_layers_and_groups_apart(tiny_checkpoint, tmp_path):
     recipe = tmp_path / "mixed.toml"
     recipe.write_text('[layers]\n"model.layers.1.mlp" = "int8"\n')
@@ -196,8 +197,8 @@ def test_a_mixed_recipe_shows_layers_and_groups_apart(tiny_checkpoint, tmp_path)
     ("architecture", "options", "head"),
     [
         ("NemotronForCausalLM", {"tie_word_embeddings": True}, "lm_head"),
-        ("NemotronForSequenceClassification", {"num_labels": 3}, "score"),
-        ("NemotronForTokenClassification", {"num_labels": 5}, "score"),
+        pytest.param("NemotronForSequenceClassification", {"num_labels": 3}, "score", marks=pytest.mark.slow),
+        pytest.param("NemotronForTokenClassification", {"num_labels": 5}, "score", marks=pytest.mark.slow),
         ("NemotronForQuestionAnswering", {}, "qa_outputs"),
     ],
 )

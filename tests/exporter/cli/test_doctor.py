@@ -108,6 +108,7 @@ def verdicts(cli, directory: Path) -> dict[str, dict[str, str | None]]:
     return {Path(one["path"]).name: {run["backend"]: run["why"] for run in one["runs"]} for one in found}
 
 
+@pytest.mark.slow
 def test_what_doctor_says_of_a_bundle_is_what_opening_it_does(
     cli, installed, gpu_host, tiny_bundle, tensorrt_bundle_of, int8_cache_bundle, tmp_path, monkeypatch
 ):

@@ -61,6 +61,7 @@ def test_an_engine_tells_what_it_was_built_for(cli, machine):
         assert words in out
 
 
+@pytest.mark.slow
 def test_a_checked_bundle_below_fp32_tells_what_it_lost(cli, int8_cache_bundle):
     quality = json.loads((int8_cache_bundle / "manifest.json").read_text())["quality"]
     assert f"perplexity {quality['perplexity']:.4f}" in cli("inspect", int8_cache_bundle).out
