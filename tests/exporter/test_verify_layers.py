@@ -148,7 +148,8 @@ def test_each_layer_is_read_once_and_the_head_in_runs(
     assert most <= 600
 
 
-@pytest.mark.parametrize("max_length", [3, pytest.param(11, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("max_length", [3, 11])
 def test_models_of_very_short_context_fit(tmp_path: Path, max_length: int) -> None:
     checkpoint = write_checkpoint(tmp_path / "short", num_hidden_layers=2, max_position_embeddings=max_length)
     bundle = export(checkpoint, tmp_path / "bundle", ExportOptions(verify=False)).bundle
