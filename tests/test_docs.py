@@ -65,7 +65,7 @@ def test_every_flag_is_one_of_the_program(words: tuple[str, ...], monkeypatch: p
     # A callback of an argument looks at files; here the words alone count.
     for parameter in command.params:
         monkeypatch.setattr(parameter, "callback", None)
-    command.make_context(words[1], list(words[2:]))
+    command.make_context(words[1], list(words[2:]), parent=click.Context(program, **program.context_settings))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -43,7 +43,7 @@ _MEASURED = (
 )
 
 
-MEASURING = {"bench", "plan"}  # commands that print nothing else
+MEASURING = {"bench", "plan"}  # commands that print nothing else, and are processes of their own
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,14 @@ class Example:
         """The command's, without comments."""
         return shlex.split(self.source, comments=True)
 
+    @property
+    def command(self) -> str:
+        """The program's command, where it is one."""
+        return "" if self.python or self.words[0] != PROGRAM else "".join(self.words[1:2])
+
     def shows(self, printed: str) -> bool:
         """Whether the page shows what was printed, but for what is measured."""
-        return same(self.shown or "", printed, "" if self.python else "".join(self.words[1:2]))
+        return same(self.shown or "", printed, self.command)
 
 
 def examples(text: str) -> Iterator[Example]:
@@ -101,13 +106,13 @@ def inline(text: str) -> Iterator[list[str]]:
 
 def same(shown: str, printed: str, command: str = "") -> bool:
     """Whether a page shows what a command of the program, or another one, printed, but for what is measured."""
-    texts = [_comparable(text) for text in (shown, printed)]
-    if command in MEASURING:
-        texts = [re.sub(r"[\d#][\d.#]*", "#", text) for text in texts]
+    texts = [_comparable(text, command) for text in (shown, printed)]
     return doctest.OutputChecker().check_output(*texts, doctest.ELLIPSIS)
 
 
-def _comparable(text: str) -> str:
+def _comparable(text: str, command: str = "") -> str:
+    if command in MEASURING:
+        text = re.sub(r"\d[\d.]*( [kMG]B)?", "1", text)
     for pattern, instead in _MEASURED:
         text = pattern.sub(instead, text)
     return "".join(f"{line.strip()}\n" for line in text.splitlines())
@@ -129,7 +134,7 @@ class Reader:
             if example.python:
                 exec(compile(example.source, "<page>", "exec"), self._names)  # noqa: S102 - our own documentation
                 self._code = 0
-            elif example.words[0] == PROGRAM and not SHELL.intersection(example.words):
+            elif example.words[0] == PROGRAM and not {*SHELL, *MEASURING}.intersection(example.words):
                 self._code = self._run(example.words[1:])
             else:
                 self._code = _in_shell(example.source, out, err)
@@ -155,8 +160,8 @@ def refreshed(text: str, run: Callable[[list[str]], int]) -> str:
         printed = reader.does(example)
         shown, new = (example.shown or "").splitlines(), [line.rstrip() for line in printed.splitlines()]
         if example.shows(printed):  # what is left out stays so, what was measured is measured again
-            again = {_comparable(line): line for line in new}
-            new = [again.get(_comparable(line), line) for line in shown]
+            again = {_comparable(line, example.command): line for line in new}
+            new = [again.get(_comparable(line, example.command), line) for line in shown]
         elif example.shown is None:
             raise SystemExit(f"this prints, and no text block follows it:\n{example.source}\n{printed}")
         start, count = example.line + shift, len(shown)
