@@ -1,4 +1,4 @@
-# The runtime with TensorRT, for a GPU host with the NVIDIA container toolkit; see docs/deploy-tensorrt.md.
+# The runtime with TensorRT, for a GPU host with the NVIDIA container toolkit; see docs/tensorrt.md.
 # Another flavor: docker build --build-arg EXTRA=rtx .
 FROM python:3.12-slim
 

@@ -29,12 +29,14 @@ from typing import Any
 
 from benchmarks.child import ROOT, measured
 from benchmarks.compare_report import draw, row_of, table
-from benchmarks.compare_rounds import DECODE, Found, measure
+from benchmarks.compare_rounds import DECODE, Found, measure, step_bytes
 from benchmarks.contenders import genai, llama, openvino, ours, transformers
-from benchmarks.contenders.base import Contender, made
+from benchmarks.contenders.base import made, size_of
 from benchmarks.peers import write_sentencepiece
-from benchmarks.reach import FIGURES, judge, leading
-from exporter.cli._plot import check_plot
+from benchmarks.reach import FIGURES, judge
+from exporter.bench.process import Contender
+from exporter.bench.rounds import leading
+from exporter.cli._picture import check_plot
 from runtime.bandwidth import Bandwidth
 from runtime.errors import UserError
 from runtime.hardware import cpu_name
@@ -54,24 +56,27 @@ PEERS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def set_up(preset: str, peers: Sequence[str], place: Path) -> tuple[list[Contender], dict[str, str]]:
-    """The contenders of a preset, and why a peer is not among them; all but OpenVINO can be had everywhere."""
+def set_up(preset: str, peers: Sequence[str], place: Path) -> tuple[list[tuple[Contender, int]], dict[str, str]]:
+    """The contenders of a preset with the bytes of what they load, and why a peer is not among them.
+
+    All but OpenVINO can be had everywhere.
+    """
     directory = place / preset
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint = made(directory / "checkpoint", lambda output: _checkpoint(output, preset))
-    makers: dict[str, Callable[[tuple[str, ...]], Iterator[Contender]]] = {
+    makers: dict[str, Callable[[tuple[str, ...]], Iterator[tuple[Contender, Path]]]] = {
         ours.PEER: lambda names: ours.contenders(checkpoint, directory, names),
         llama.PEER: lambda names: llama.contenders(checkpoint, directory, place, names),
         genai.PEER: lambda names: genai.contenders(checkpoint, directory, place, names),
         openvino.PEER: lambda names: openvino.contenders(checkpoint, directory, place, names),
         transformers.PEER: lambda names: transformers.contenders(checkpoint, names),
     }
-    contenders: list[Contender] = []
+    contenders: list[tuple[Contender, int]] = []
     not_run = {peer: "not among --peers" for peer in PEERS[preset] if peer not in peers}
     for peer in (peer for peer in PEERS[preset] if peer in peers):
         print(f"setting up {peer}", file=sys.stderr, flush=True)
         try:
-            contenders += makers[peer](PEERS[preset][peer])
+            contenders += [(one, size_of(files)) for one, files in makers[peer](PEERS[preset][peer])]
         except (Failed, SystemExit) as error:
             if peer != openvino.PEER:
                 raise
@@ -91,10 +96,10 @@ def report_of(
     expected = next((one.tokens for one in found if one.contender.name == REFERENCE), None)
     contenders = {}
     for one in found:
-        steps = {"decode": (1, one.contender.step_bytes(1, DECODE.prompt + DECODE.steps // 2))}
+        steps = {"decode": (1, step_bytes(one.contender, 1, DECODE.prompt + DECODE.steps // 2))}
         for name, work in one.works.items():
             middle = (work.capacity(1) + work.capacity(rounds + 1)) // 2
-            steps[name] = work.rows, one.contender.step_bytes(work.rows, middle)
+            steps[name] = work.rows, step_bytes(one.contender, work.rows, middle)
         agreement = None
         if expected is not None:
             agreement = round(statistics.mean(map(leading, one.tokens, expected)), 4)
@@ -102,7 +107,7 @@ def report_of(
             "agreement": agreement,
             "weight_bytes": one.contender.weight_bytes,
             "cache_bytes_per_token": one.contender.cache_bytes,
-            "versions": one.contender.versions,
+            "versions": dict(one.contender.versions),
         }
     samples = {one.contender.name: one.numbers for one in found}
     machine = {
@@ -142,7 +147,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     contenders, not_run = set_up(given.preset, given.peers, place)
     bandwidth = Bandwidth()
     bandwidth.measure()
-    found = measure(contenders, given.rounds, FIGURES[given.preset], place / given.preset)
+    try:
+        found = measure(contenders, given.rounds, FIGURES[given.preset], place / given.preset)
+    except UserError as error:
+        sys.exit(str(error))
     report = report_of(given.preset, given.rounds, found, bandwidth.measure(), not_run)
     results.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(report, plot)

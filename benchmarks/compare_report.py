@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from exporter.cli._picture import save
+
 SPEEDS = ("decode", "batch", "long")
 MARKERS = "osD^v*"
 
@@ -84,7 +86,6 @@ def _number(value: float | None, width: int) -> str:
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Bytes of a step (MB) against tokens a second, under the roofline; both logarithmic, a marker for each peer."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 5), layout="constrained")
@@ -108,7 +109,4 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     axes.set_ylabel("tokens a second, batch 1, after a prompt of 512")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
-    # Text stays text, and the same figures give the same bytes.
-    vector = path.suffix.lower() == ".svg"
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "nemotron-export"}):
-        figure.savefig(path, dpi=150, metadata={"Date": None} if vector else None)
+    save(figure, path)

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.contenders.base import Contender, Running
+from benchmarks.child import ROOT
 from benchmarks.make_checkpoint import TINY
 from benchmarks.reach import Figure
+from exporter.bench.process import Contender, Running
+from exporter.bench.rounds import in_turn
 
 UNJUDGED = 1  # rounds of contenders that no figure is about
 
@@ -42,14 +44,22 @@ FAR_ON = {"nemotron-export int4", "nemotron-export int4 compact", "llama.cpp Q4_
 _FULL = 4096
 
 
+def step_bytes(contender: Contender, rows: int, context: int) -> int:
+    """Of a contender all of which are known: they are computed where it is set up, or its driver tells them."""
+    size = contender.step_bytes(rows, context)
+    assert size is not None
+    return size
+
+
 @dataclass
 class Found:
     """What a contender did: numbers by measure, one of every turn or one alone, and its greedy tokens.
 
-    `works` are those of `going_on`.
+    `disk_bytes` are those of the files that it loads, `works` those of `going_on`.
     """
 
     contender: Contender
+    disk_bytes: int
     works: dict[str, Workload] = field(default_factory=dict)
     numbers: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     tokens: list[list[int]] = field(default_factory=list)
@@ -65,26 +75,32 @@ def going_on(contender: Contender, rounds: int, wanted: Container[str] = ("batch
     return works
 
 
-def measure(contenders: Sequence[Contender], rounds: int, figures: Sequence[Figure], scratch: Path) -> list[Found]:
-    """Start all, let each do once what figures are about, then in turn; those that none is in UNJUDGED rounds alone."""
+def measure(
+    contenders: Sequence[tuple[Contender, int]], rounds: int, figures: Sequence[Figure], scratch: Path
+) -> list[Found]:
+    """Start all, let each do once what figures are about, then in turn; those that none is in UNJUDGED rounds alone.
+
+    Contenders come with the bytes of the files that they load.
+    """
     prompts = Prompts(scratch)
     judged = {name for figure in figures for name in (*figure.ours, figure.theirs)}
     wanted = {figure.measure for figure in figures}
-    found = [Found(contender, going_on(contender, rounds, wanted)) for contender in contenders]
+    found = [Found(contender, disk, going_on(contender, rounds, wanted)) for contender, disk in contenders]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or stopped processes would stay
     with ExitStack() as stack:
         running = []
         for one in found:
             started = time.perf_counter()
-            running.append(Running(one.contender, scratch / f"{one.contender.name}.log"))
+            running.append(Running(one.contender, scratch / f"{one.contender.name}.log", ROOT))
             stack.callback(running[-1].close)
+            one.contender = running[-1].contender
             one.numbers["start"].append(time.perf_counter() - started)
             with running[-1].awake():
                 _first(running[-1], one, prompts, rounds)
             print(f"{one.contender.name} is ready", file=sys.stderr, flush=True)
         turns = list(zip(running, found, strict=True))
         for number in range(rounds):
-            for process, one in turns[:: -1 if number % 2 else 1]:
+            for process, one in in_turn(turns, number):
                 if number < UNJUDGED or one.contender.name in judged:
                     with process.awake():
                         _turn(process, one, prompts)
@@ -97,8 +113,8 @@ def _first(process: Running, one: Found, prompts: Prompts, rounds: int) -> None:
     one.tokens.append(_continued(process, prompts, DECODE, 0))
     for name, size in process.memory().items():
         one.numbers[name].append(size)
-    one.numbers["disk"].append(one.contender.disk_bytes)
-    one.numbers["step_bytes"].append(one.contender.step_bytes(1, DECODE.prompt))
+    one.numbers["disk"].append(one.disk_bytes)
+    one.numbers["step_bytes"].append(step_bytes(one.contender, 1, DECODE.prompt))
     one.tokens.extend(_continued(process, prompts, AGREE, row) for row in range(AGREE.rows))
     for name, work in one.works.items():
         process.prompt(name, prompts.file(work), work.rows, work.prompt, work.capacity(rounds + 1))

@@ -122,9 +122,3 @@ def judge(figure: Figure, samples: Samples) -> Verdict:
 def worse_quartile(ratios: Sequence[float], more_is_better: bool) -> float:
     """The lower quartile of what should be large, the upper of what should be small."""
     return float(np.percentile(ratios, 25 if more_is_better else 75))
-
-
-def leading(tokens: Sequence[int], expected: Sequence[int]) -> float:
-    """The share of tokens before the first that differs."""
-    same = [ours == theirs for ours, theirs in zip(tokens, expected, strict=True)]
-    return (same.index(False) if False in same else len(same)) / len(same)

@@ -13,9 +13,8 @@ from exporter.text_files import read_object, write_object
 from exporter.tokenizer_files import check_tokenizer, write_tokenizer
 from runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS
 from runtime.errors import UserError
-from runtime.manifest import CONFIG, GENERATION_CONFIG, MODEL
+from runtime.manifest import CONFIG, GENAI_CONFIG, GENERATION_CONFIG, MODEL
 
-GENAI_CONFIG = "genai_config.json"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SEARCH = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}  # transformers' defaults
 

@@ -11,10 +11,9 @@ from exporter.reference import Reference, Row
 from exporter.yardstick import Expected, compare
 from runtime.bundle import Bundle
 from runtime.golden import Golden, replay
-from runtime.measured import Comparison
+from runtime.measured import NO_LIMIT, Comparison
 from runtime.ort_session import OrtSession
 
-NO_LIMIT = 1e9  # of what is only counted
 EIGHT_BIT_FACTOR = 2.0  # of what activations in 8 bits cost here: what they may cost elsewhere
 
 

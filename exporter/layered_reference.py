@@ -84,6 +84,16 @@ class LayeredReference:
         self._model.train(False)
 
     @property
+    def decoder_layer(self) -> Any:
+        """transformers' own layer that every layer runs as, to hang hooks on."""
+        return self._model.layers[0]
+
+    @property
+    def rotary(self) -> Any:
+        """transformers' own rotary embedding: `inv_freq` [rotary_dim / 2] and `attention_scaling`."""
+        return self._model.rotary_emb
+
+    @property
     def parameter_names(self) -> list[str]:
         """The names of a layer's parameters within it."""
         return [name for name, _ in self._model.layers[0].named_parameters()]

@@ -111,7 +111,7 @@ class Reference:
 
         The model is in memory within this call alone: two dtypes at once would be the gate's largest need.
         """
-        model = self._load(dtype)
+        model = self.load(dtype)
         return [self._run(model, row) for row in rows]
 
     def each_logits(self, rows: Iterable[Sequence[int] | Ints]) -> Iterator[NDArray[np.float32]]:
@@ -120,7 +120,7 @@ class Reference:
         The model is in memory from the first row to the last. Of rows, one at a time: with 256 000 tokens the logits of
         512 positions are half a gigabyte.
         """
-        model = self._load(torch.float32)
+        model = self.load(torch.float32)
         for row in rows:
             with torch.no_grad():
                 logits = model(torch.tensor([list(row)]), use_cache=False).logits[0]
@@ -132,12 +132,12 @@ class Reference:
         Where the model chooses a row's token by its padding and the configuration names none, transformers takes one
         row at a time only, and so they run.
         """
-        model = self._load(dtype)
+        model = self.load(dtype)
         alone = self._task.name == SEQUENCES and self._config.pad_token_id is None
         return [self._one_by_one(model, batch) if alone else self._all(model, batch) for batch in batches]
 
-    def _load(self, dtype: torch.dtype) -> Any:
-        """The task's model. Features are the base model of whatever class the checkpoint was saved from."""
+    def load(self, dtype: torch.dtype) -> Any:
+        """The task's model in this dtype. Features are the base model of whatever class the checkpoint was saved as."""
         import transformers
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]

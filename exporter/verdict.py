@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from exporter.golden_limit import NO_LIMIT
 from exporter.reference import Forward
 from exporter.verify_rows import GateResult
 from exporter.verify_steps import Step
 from exporter.yardstick import Array, Expected, Ledger, compare
 from runtime.golden import Golden, GoldenStep
-from runtime.measured import Comparison, Parity
+from runtime.measured import NO_LIMIT, Comparison, Parity
 from runtime.session import Ints
 
 NEAR_TIE = 1e-3  # a greedy token may differ where the reference's two best logits are closer than this

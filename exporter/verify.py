@@ -84,7 +84,7 @@ def gate(
         layered: hold one layer of either in memory at a time; of graphs with a cache and nothing beyond it.
     """
     if layered:
-        _check_same_shape(bundle, checkpoint)
+        check_same_shape(bundle, checkpoint)
         return run_layered_gate(bundle, checkpoint, progress)
     if not bundle.has_cache:
         return run_rows_gate(bundle, checkpoint, progress, network=network)
@@ -112,7 +112,7 @@ def run_gate(
 
     A cache of int8 is compared with transformers' own, rounded to the same grid; see `exporter.rounded_cache`.
     """
-    _check_same_shape(bundle, checkpoint)
+    check_same_shape(bundle, checkpoint)
     precision, total = bundle.manifest.activations, 2 + DECODE_STEPS
     evaluated_by, scaling = f"{session.backend} {session.version}", Scaling.load(bundle.path, checkpoint.spec)
     view = CacheView(bundle, scaling)
@@ -147,7 +147,12 @@ def run_gate(
     return verdict.result(evaluated_by)
 
 
-def _check_same_shape(bundle: Bundle, checkpoint: Checkpoint) -> None:
+def check_same_shape(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Refuse a bundle with a cache that cannot be of this checkpoint.
+
+    Raises:
+        UserError: layers, key/value heads, head width or vocabulary differ.
+    """
     spec, geometry = checkpoint.spec, bundle.cache_geometry
     theirs = (spec.layers, spec.kv_heads, spec.head_dim, spec.vocab)
     ours = (geometry.layers, geometry.kv_heads, geometry.head_dim, bundle.vocab_size)

@@ -136,11 +136,7 @@ def open_forward(
         UserError: unknown backend or device, a backend that is not installed or has no engines of such graphs.
     """
     check_backend(backend, device, threads)
-    if backend not in ("auto", "onnxruntime"):
-        raise UserError(
-            f"{bundle.path} has no key/value cache, and {backend} has no engines of such graphs yet; "
-            "use --backend onnxruntime"
-        )
+    _check_engines(bundle, backend)
     from runtime.ort_forward import OrtForward
 
     session = OrtForward(bundle, device=device or "cpu", threads=threads)
@@ -148,3 +144,28 @@ def open_forward(
         why = f"{bundle.path} has no key/value cache, and TensorRT has no engines of such graphs yet"
         session.choice = f"{session.backend} {session.version}: {why}"
     return session
+
+
+def check_forward(bundle: Bundle, backend: str, device: str | None) -> None:
+    """Refuse what `open_forward` would, as far as that is known before the graph is loaded.
+
+    Args:
+        bundle: without a cache.
+        backend, device: as `open_forward` takes them.
+
+    Raises:
+        UserError: as `open_forward`.
+    """
+    check_backend(backend, device, None)
+    _check_engines(bundle, backend)
+    from runtime.ort_forward import check_whole_rows
+
+    check_whole_rows(bundle, device or "cpu")
+
+
+def _check_engines(bundle: Bundle, backend: str) -> None:
+    if backend not in ("auto", "onnxruntime"):
+        raise UserError(
+            f"{bundle.path} has no key/value cache, and {backend} has no engines of such graphs yet; "
+            "use --backend onnxruntime"
+        )

@@ -17,6 +17,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+GENAI_CONFIG = "genai_config.json"  # what onnxruntime-genai runs the directory by
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"

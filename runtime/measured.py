@@ -7,6 +7,8 @@ from typing import Any
 
 from runtime.records import Record
 
+NO_LIMIT = 1e9  # of what is told and not judged
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRange(Record):

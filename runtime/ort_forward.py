@@ -7,9 +7,27 @@ import numpy as np
 from runtime.bundle import Bundle
 from runtime.errors import UserError
 from runtime.forward import ForwardContract
-from runtime.ort_model import load_model
+from runtime.ort_model import check_model, load_model
 from runtime.session import Floats, Ints
 from runtime.steps import CONTRACTS
+
+
+def check_whole_rows(bundle: Bundle, device: str) -> ForwardContract:
+    """Refuse a bundle that no `OrtForward` runs, before anything is loaded; how its graph is driven.
+
+    Args:
+        bundle: an opened one.
+        device: `cpu` or `cuda`.
+
+    Raises:
+        UserError: as `runtime.ort_model.check_model`, the graph has a cache, or the bundle is of an unknown target.
+    """
+    if bundle.manifest.target not in CONTRACTS:
+        known = " or ".join(CONTRACTS)
+        raise UserError(f"{bundle.path} is for {bundle.manifest.target}; export it with --target {known}")
+    contract = ForwardContract(bundle)
+    check_model(bundle, device)
+    return contract
 
 
 class OrtForward:
@@ -27,10 +45,7 @@ class OrtForward:
             UserError: onnxruntime or its CUDA provider is missing, the graph has a cache or cannot be loaded, or the
                 bundle is of an unknown target or bf16.
         """
-        if bundle.manifest.target not in CONTRACTS:
-            known = " or ".join(CONTRACTS)
-            raise UserError(f"{bundle.path} is for {bundle.manifest.target}; export it with --target {known}")
-        self._contract = ForwardContract(bundle)
+        self._contract = check_whole_rows(bundle, device)
         self._loaded = load_model(bundle, device, threads)
         self.backend, self.version, self.device = self._loaded.backend, self._loaded.version, self._loaded.device
         self.choice = ""

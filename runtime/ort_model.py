@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from runtime.bundle import Bundle
+from runtime.driver import find_driver
 from runtime.errors import CheckFailed, UserError
 from runtime.hardware import cpu_name, cuda_name
 from runtime.kv_cache import numpy_dtype
@@ -98,6 +99,30 @@ def import_onnxruntime() -> ModuleType:
         ) from error
 
 
+def check_model(bundle: Bundle, device: str) -> ModuleType:
+    """Refuse what can be known not to load before anything is loaded; the onnxruntime module that would.
+
+    Args:
+        bundle: of any task and target.
+        device: `cpu` or `cuda`.
+
+    Raises:
+        UserError: onnxruntime, its CUDA provider or a GPU for it is missing, or the graph is bf16.
+    """
+    ort = import_onnxruntime()
+    if bundle.manifest.activations == "bf16":
+        numpy_dtype("bfloat16")  # refused here, where the user reads why, not by a missing kernel
+    provider = _PROVIDERS[device]
+    if provider not in ort.get_available_providers():
+        raise UserError(
+            f"this onnxruntime {ort.__version__} has no {provider}; "
+            "pip uninstall onnxruntime, then pip install 'nemotron-export[gpu]', or use --device cpu"
+        )
+    if device == "cuda" and not ((driver := find_driver()) and driver.gpus):
+        raise UserError(f"{provider} has no NVIDIA GPU that is visible here; check nvidia-smi, or use --device cpu")
+    return ort
+
+
 def load_model(
     bundle: Bundle, device: str, threads: int | None, part: bytes | None = None, *, capture: bool = False
 ) -> OrtModel:
@@ -112,20 +137,12 @@ def load_model(
         capture: whether the graph's runs on `cuda` are to become CUDA graphs.
 
     Raises:
-        UserError: onnxruntime or its CUDA provider is missing, the graph is bf16 or cannot be loaded or captured, or
-            `threads` is out of range.
+        UserError: as `check_model`, the graph cannot be loaded or captured, or `threads` is out of range.
     """
-    ort = import_onnxruntime()
-    if bundle.manifest.activations == "bf16":
-        numpy_dtype("bfloat16")  # refused here, where the user reads why, not by a missing kernel
+    ort = check_model(bundle, device)
     if threads is not None and threads < 1:
         raise UserError(f"threads should be at least 1, not {threads}")
     provider = _PROVIDERS[device]
-    if provider not in ort.get_available_providers():
-        raise UserError(
-            f"this onnxruntime {ort.__version__} has no {provider}; "
-            "pip uninstall onnxruntime, then pip install 'nemotron-export[gpu]', or use --device cpu"
-        )
     errors: tuple[type[Exception], ...] = tuple(getattr(ort.capi.onnxruntime_pybind11_state, n) for n in _ERRORS)
     options = _options(ort, bundle, threads)
     if part is not None:

@@ -17,14 +17,33 @@ from runtime.contract import LOGITS
 from runtime.errors import UserError
 from runtime.kv_cache import KVCache, numpy_dtype
 from runtime.ort_binding import Bound, DeviceBound, HostBound
-from runtime.ort_model import import_onnxruntime, load_model
+from runtime.ort_model import check_model, import_onnxruntime, load_model
 from runtime.session import Floats, Ints
-from runtime.steps import Limits, Step, check_allocation, contract_of
+from runtime.steps import GraphContract, Limits, Step, check_allocation, contract_of
 
 __all__ = ["OrtSession", "import_onnxruntime"]
 
 # Columns that run at once on a CPU: 64 to 2048 take the same time a token, and what operators hold grows with them.
 PREFILL_WIDTH = 256
+
+
+def check_cached(bundle: Bundle, device: str) -> GraphContract:
+    """Refuse a bundle that no `OrtSession` runs, before anything is loaded; how its graph is driven.
+
+    Args:
+        bundle: an opened one.
+        device: `cpu` or `cuda`.
+
+    Raises:
+        UserError: as `runtime.ort_model.check_model`, or the bundle is of an unknown target, another task or bf16.
+    """
+    import_onnxruntime()  # the first thing to know
+    if bundle.manifest.task != "text-generation":
+        raise UserError(f"{bundle.path} is for {bundle.manifest.task}; export it with --task text-generation")
+    contract = contract_of(bundle)
+    numpy_dtype(bundle.cache_geometry.dtype)  # refused here, where the user reads why, not by a missing kernel
+    check_model(bundle, device)
+    return contract
 
 
 class OrtSession:
@@ -55,11 +74,7 @@ class OrtSession:
             UserError: onnxruntime or its CUDA provider is missing, the graph cannot be loaded or captured, the bundle
                 is of an unknown target, another task or bf16, or a number is out of range.
         """
-        import_onnxruntime()  # the first thing to know
-        if bundle.manifest.task != "text-generation":
-            raise UserError(f"{bundle.path} is for {bundle.manifest.task}; export it with --task text-generation")
-        self._contract = contract_of(bundle)
-        numpy_dtype(bundle.cache_geometry.dtype)  # refused here, where the user reads why, not by a missing kernel
+        self._contract = check_cached(bundle, device)
         if capture and (device != "cuda" or bundle.manifest.target != "onnxruntime"):
             raise UserError(
                 f"CUDA graphs are captured of bundles of target onnxruntime on --device cuda, not of {bundle.path}, "

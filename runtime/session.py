@@ -136,12 +136,7 @@ def open_session(
         from runtime.trt_session import TrtSession
 
         return TrtSession(opened, chosen=chosen, slots=slots, capacity=capacity)
-    if device == "cuda" and opened.manifest.target == "onnxruntime" and opened.manifest.activations == "fp32":
-        raise UserError(
-            f"{opened.path} has fp32 activations, and ONNX Runtime's grouped attention on CUDA takes 16 bit only: it "
-            "would run on the CPU, its cache carried over at every step; use --device cpu, or export with fp16 "
-            "activations (--precision fp16, or those of a --recipe)"
-        )
+    check_placement(opened, device)
     from runtime.ort_session import OrtSession
 
     try:
@@ -154,6 +149,32 @@ def open_session(
         raise UserError(f"{why}; and ONNX Runtime cannot take over: {error}") from error
     session.choice = f"{session.backend} {session.version}: {why}" if why else ""
     return session
+
+
+def check_runs(bundle: Bundle, backend: str, device: str | None = None) -> None:
+    """Refuse what `open_session` or `open_forward` would, as far as that is known before anything is loaded.
+
+    What only loading tells is whether a library starts, takes the graph or plan, and finds the memory.
+
+    Args:
+        bundle: an opened one, of any task.
+        backend, device: as `open_session` takes them.
+
+    Raises:
+        UserError: why it would not run there, and what to do.
+    """
+    if not bundle.has_cache:
+        from runtime.forward import check_forward
+
+        check_forward(bundle, backend, device)
+        return
+    check_backend(backend, device, None)
+    chosen, _ = _choose(bundle, backend, device)
+    if chosen is None:
+        from runtime.ort_session import check_cached
+
+        check_placement(bundle, device)
+        check_cached(bundle, device or "cpu")
 
 
 def check_backend(backend: str, device: str | None, threads: int | None) -> None:
@@ -192,3 +213,17 @@ def _choose(bundle: Bundle, backend: str, device: str | None) -> tuple[Chosen | 
         return choose_engine(bundle), ""
     except UserError as error:
         return None, str(error)
+
+
+def check_placement(bundle: Bundle, device: str | None) -> None:
+    """Refuse what ONNX Runtime would run elsewhere than it is asked to.
+
+    Raises:
+        UserError: a graph of target onnxruntime that computes in fp32, on CUDA.
+    """
+    if device == "cuda" and bundle.manifest.target == "onnxruntime" and bundle.manifest.activations == "fp32":
+        raise UserError(
+            f"{bundle.path} has fp32 activations, and ONNX Runtime's grouped attention on CUDA takes 16 bit only: it "
+            "would run on the CPU, its cache carried over at every step; use --device cpu, or export with fp16 "
+            "activations (--precision fp16, or those of a --recipe)"
+        )

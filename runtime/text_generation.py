@@ -105,6 +105,14 @@ class TextGenerator:
         session = self._session.reopen(slots=slots, capacity=self.max_length if max_length is None else max_length)
         return RunningBatch(self, Scheduler(session, self.tokenizer))
 
+    def session(self, *, slots: int, capacity: int) -> Session:
+        """The model below the text, with a cache of its own: for who feeds tokens and reads logits.
+
+        Raises:
+            UserError: more slots or tokens than the backend has, or no memory for them.
+        """
+        return self._session.reopen(slots=slots, capacity=capacity)
+
     def encode_chat(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> list[int]:
         """A conversation as a prompt: token ids up to where the assistant's next turn begins.
 

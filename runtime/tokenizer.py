@@ -70,9 +70,9 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of raw text, with the special tokens the checkpoint puts around a text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of raw text, with the special tokens the checkpoint puts around a text, or without them."""
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def encode_offsets(self, text: str, pair: str | None = None) -> Encoded:
         """Raw text, or a text and what belongs to it, with the special tokens the checkpoint puts around them."""
@@ -117,7 +117,25 @@ class Tokenizer:
     @cached_property
     def unknown_id(self) -> int | None:
         """The token that stands for what the vocabulary lacks, if the checkpoint names one."""
-        token = self._special_tokens.get("unk_token")
+        return self._named_id("unk_token")
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """The token that a text begins with, if the checkpoint names one."""
+        return self._named_id("bos_token")
+
+    @cached_property
+    def eos_id(self) -> int | None:
+        """The token that a text ends with, if the checkpoint names one."""
+        return self._named_id("eos_token")
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is spelled so; None where there is none."""
+        token_id = self._tokenizer.token_to_id(text)
+        return token_id if token_id in self._special_ids else None
+
+    def _named_id(self, name: str) -> int | None:
+        token = self._special_tokens.get(name)
         return None if token is None else self._tokenizer.token_to_id(token)
 
     @cached_property

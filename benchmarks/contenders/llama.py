@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.child import measured
-from benchmarks.contenders.base import Contender, made
+from benchmarks.contenders.base import CORES, made
 from benchmarks.peers import LLAMA
+from exporter.bench.process import Contender
 from tests.support.environments import environment, run
 
 PEER = "llama.cpp"
@@ -79,8 +80,10 @@ class Checkout:
         measured([os.environ.get("CXX", "c++"), "-std=c++17", "-O2", *headers, PROGRAM, "-o", self.program, *linked])
 
 
-def contenders(checkpoint: Path, directory: Path, place: Path, kinds: tuple[str, ...]) -> Iterator[Contender]:
-    """Convert to the files that are not there yet."""
+def contenders(
+    checkpoint: Path, directory: Path, place: Path, kinds: tuple[str, ...]
+) -> Iterator[tuple[Contender, Path]]:
+    """Convert to the files that are not there yet; with the file that each loads."""
     checkout = Checkout(place)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     geometry = config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
@@ -88,12 +91,12 @@ def contenders(checkpoint: Path, directory: Path, place: Path, kinds: tuple[str,
         model = checkout.convert(checkpoint, directory, kind)
         sizes = checkout.sizes(model)
         embedding = sizes.pop("token_embd.weight")
-        yield Contender(
+        contender = Contender(
             PEER,
             kind,
-            (checkout.program, model, str(len(os.sched_getaffinity(0)))),
+            (checkout.program, model, str(CORES)),
             sum(sizes.values()) + embedding // config["vocab_size"],
             2 * geometry * _CACHE_ITEM_BYTES,
-            model.stat().st_size,
             {PACKAGE: VERSION},
         )
+        yield contender, model

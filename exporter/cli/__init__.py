@@ -83,10 +83,13 @@ def commands() -> click.Group:
     from exporter.cli.chat import chat
     from exporter.cli.compare import compare
     from exporter.cli.demo import demo
+    from exporter.cli.diagnose import diagnose
     from exporter.cli.doctor import doctor
+    from exporter.cli.eval import evaluate
     from exporter.cli.export import export
     from exporter.cli.generate import generate
     from exporter.cli.inspect import inspect
+    from exporter.cli.package import package
     from exporter.cli.plan import plan
     from exporter.cli.predict import predict
     from exporter.cli.selftest import selftest
@@ -100,7 +103,9 @@ def commands() -> click.Group:
             plan,
             export,
             verify,
+            diagnose,
             build,
+            package,
             selftest,
             generate,
             chat,
@@ -108,6 +113,7 @@ def commands() -> click.Group:
             inspect,
             bench,
             compare,
+            evaluate,
             doctor,
         ),
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from exporter.inspection.tensors import COMPONENTS, purpose
 from exporter.pickle_files import is_pickle
 from exporter.tensor_files import LAYOUTS
 from exporter.text_files import read_object
@@ -18,6 +20,8 @@ from runtime.errors import UserError
 from runtime.manifest import CONFIG
 
 _MAX_HEADER = 100_000_000  # bytes, the safetensors format's own limit
+
+_CACHES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # bytes of a number
 
 _NUMBERS = {
     "layers": "num_hidden_layers",
@@ -33,12 +37,21 @@ _NUMBERS = {
 }
 
 
+class Header(NamedTuple):
+    """A tensor of a safetensors file: name, dtype as the format has it, number of elements, and bytes."""
+
+    name: str
+    dtype: str
+    elements: int
+    bytes: int
+
+
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """The JSON object of `inspect` for a checkpoint directory.
 
     The configuration is shown as it is written, not as transformers completes it: that is `exporter.spec`'s.
 
-    Where the weights are pickles, "parameters" and "tensors" are None and "dtypes" is empty.
+    Where the weights are pickles, "parameters", "tensors" and "components" are None and "dtypes" is empty.
 
     Raises:
         UserError: the configuration or a header cannot be read, or a weight file is missing or truncated.
@@ -47,14 +60,16 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     files = {name: _size(path / name) for name in _weight_files(path)}
     pickled = any(is_pickle(path / name) for name in files)
     tensors = [] if pickled else [tensor for name in files for tensor in read_header(path / name)]
-    dtypes = Counter(dtype for dtype, _ in tensors)
+    dtypes = Counter(tensor.dtype for tensor in tensors)
     return {
         "schema": 1,
         "kind": "checkpoint",
         "path": str(path),
         "model_type": config.get("model_type"),
-        "architecture": _architecture(config),
-        "parameters": None if pickled else sum(count for _, count in tensors),
+        "architecture": architecture_of(config),
+        "cache_bytes_per_token": _cache_bytes(config),
+        "components": None if pickled else _components(tensors),
+        "parameters": None if pickled else sum(tensor.elements for tensor in tensors),
         "tensors": None if pickled else len(tensors),
         "dtypes": dict(dtypes.most_common()),
         "bytes": sum(files.values()),
@@ -62,8 +77,8 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     }
 
 
-def read_header(path: Path) -> list[tuple[str, int]]:
-    """Dtype and number of elements of each tensor in a safetensors file.
+def read_header(path: Path) -> list[Header]:
+    """The tensors of a safetensors file.
 
     The format: 8 bytes, little endian, the header's length; the header, JSON; the tensors' bytes
     (https://huggingface.co/docs/safetensors).
@@ -75,9 +90,15 @@ def read_header(path: Path) -> list[tuple[str, int]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, _MAX_HEADER)))
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        tensors = [(str(entry["dtype"]), prod(map(int, entry["shape"]))) for entry in entries]
-        expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        places = {
+            name: (int(entry["data_offsets"][0]), int(entry["data_offsets"][1])) for name, entry in entries.items()
+        }
+        tensors = [
+            Header(name, str(entry["dtype"]), prod(map(int, entry["shape"])), places[name][1] - places[name][0])
+            for name, entry in entries.items()
+        ]
+        expected = 8 + length + max((end for _, end in places.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} is no safetensors file ({error!r}); download it again") from error
     if (found := path.stat().st_size) != expected:
@@ -105,7 +126,32 @@ def _weight_files(path: Path) -> list[str]:
     raise UserError(f"{path} has no weights, which should be in one of {known}; download the checkpoint again")
 
 
-def _architecture(config: dict[str, Any]) -> dict[str, Any]:
+def _components(tensors: list[Header]) -> dict[str, int]:
+    """Bytes of the tensors by component."""
+    found = dict.fromkeys(COMPONENTS, 0)
+    for tensor in tensors:
+        found[purpose(tensor.name)[0]] += tensor.bytes
+    return found
+
+
+def _cache_bytes(config: dict[str, Any]) -> dict[str, int] | None:
+    """What one more token of one row takes in a cache of each precision; None where the configuration does not say.
+
+    What is absent is as transformers has it: a key/value head per head, and heads that share the hidden state.
+    """
+    found = {name: config.get(key) for name, key in _NUMBERS.items()}
+    heads, hidden = found["heads"], found["hidden"]
+    if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        found["kv_heads"] = found["kv_heads"] or heads
+        found["head_dim"] = found["head_dim"] or hidden // heads
+    layers, kv_heads, width = found["layers"], found["kv_heads"], found["head_dim"]
+    if not (isinstance(layers, int) and isinstance(kv_heads, int) and isinstance(width, int)):
+        return None
+    return {precision: 2 * layers * kv_heads * width * size for precision, size in _CACHES.items()}
+
+
+def architecture_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The architecture by a `config.json`, as it is written there."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = rope if isinstance(rope, dict) else {}
     found = {name: config.get(key) for name, key in _NUMBERS.items()}

@@ -79,13 +79,15 @@ def describe_calibration(calibration: Calibration | None) -> str:
 
 def print_comparisons(comparisons: Sequence[Comparison]) -> None:
     """Print what was compared, one line each: what, how far off, the limit, the verdict."""
+    from runtime.measured import NO_LIMIT
+
     rows = [
         (
             comparison.name,
             comparison.case,
             comparison.metric,
             "not finite" if comparison.value is None else f"{comparison.value:.3g}",
-            f"limit {comparison.limit:.3g}",
+            f"limit {comparison.limit:.3g}" if comparison.limit < NO_LIMIT else "no limit",
             "ok" if comparison.passed else "FAILED",
         )
         for comparison in comparisons

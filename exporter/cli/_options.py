@@ -27,6 +27,10 @@ def _checkpoint(_ctx: click.Context, _param: click.Parameter, value: str) -> Pat
     return Path(value) if Path(value).is_dir() else value
 
 
+def _reference(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | str | None:
+    return None if value is None else _checkpoint(ctx, param, value)
+
+
 def _adapter(_ctx: click.Context, _param: click.Parameter, value: Path | None) -> Path | None:
     from runtime.errors import UserError
 
@@ -41,8 +45,29 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
     return None if value is None else parse_size(value)
 
 
+class TokenIds(click.ParamType[list[int]]):
+    """Token ids separated by commas."""
+
+    name = "5,17,3"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """Read the numbers."""
+        if isinstance(value, list):
+            return value
+        try:
+            return [int(token) for token in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of token ids such as 5,17,3", param, ctx)
+
+
 # Looked at before torch is imported: a mistyped path should not take seconds.
 checkpoint_argument = click.argument("checkpoint", type=click.Path(), callback=_checkpoint)
+reference_option = click.option(
+    "--reference",
+    metavar="CHECKPOINT",
+    callback=_reference,
+    help="Ask the checkpoint the same on transformers.",
+)
 memory_option = click.option(
     "--memory",
     metavar="SIZE",

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from exporter.cli._requirements import remedy_for
+from exporter.cli._picture import save
 from runtime.errors import UserError
-
-SUFFIXES = (".svg", ".png")
 
 
 class Point(NamedTuple):
@@ -18,24 +16,6 @@ class Point(NamedTuple):
     name: str
     bytes: int
     kl_mean: float | None
-
-
-def check_plot(path: Path) -> None:
-    """Refuse a file that could not be drawn, before any work is done.
-
-    Raises:
-        UserError: another suffix, no such directory, a directory, or matplotlib is not installed.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"cannot plot to {path}; give a file that ends in {' or '.join(SUFFIXES)}")
-    if path.is_dir():
-        raise UserError(f"cannot plot to {path}, a directory; give a file in it")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"cannot plot to {path}; give a file in a directory that is there")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(f"matplotlib is not installed; {remedy_for('matplotlib')}") from error
 
 
 def draw(points: Sequence[Point], path: Path) -> list[str]:
@@ -49,7 +29,6 @@ def draw(points: Sequence[Point], path: Path) -> list[str]:
         raise UserError(
             "there is nothing to plot: no bundle has a mean KL above 0; export one at a precision below fp32"
         )
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -64,8 +43,5 @@ def draw(points: Sequence[Point], path: Path) -> list[str]:
     for name, at, kl in placed:  # names lie towards the middle, within the frame
         offset, side = (5, "left") if at <= middle else (-5, "right")
         axes.annotate(name, (at, kl), xytext=(offset, 5), textcoords="offset points", ha=side, parse_math=False)
-    # Text stays text, and the same figures give the same bytes.
-    vector = path.suffix.lower() == ".svg"
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "nemotron-export"}):
-        figure.savefig(path, dpi=150, metadata={"Date": None} if vector else None)
+    save(figure, path)
     return [point.name for point in points if not point.kl_mean]

@@ -16,7 +16,10 @@ EXTRAS = {
     "tensorrt": ("tensorrt", "polygraphy", "cuda-python", "onnx"),
     "rtx": ("tensorrt-rtx", "polygraphy", "cuda-python", "onnx"),
     "plot": ("matplotlib",),
+    "eval": ("lm-eval",),
 }
+_LM_EVAL_NEEDS = ("datasets",)
+_LM_EVAL_TRANSFORMERS_NEEDS = ("accelerate", "peft")  # `eval --reference`, beside the extra `export`
 EITHER_ONNXRUNTIME = (
     f"pip install '{DISTRIBUTION}[cpu]' or, with an NVIDIA GPU, '{DISTRIBUTION}[gpu]' (one of them, never both)"
 )
@@ -31,4 +34,8 @@ def remedy_for(module: str | None) -> str | None:
         return EITHER_ONNXRUNTIME
     if package in EXTRAS["plot"]:
         return f"pip install '{DISTRIBUTION}[plot]'"
+    if package in (*EXTRAS["eval"], *_LM_EVAL_NEEDS):
+        return f"pip install '{DISTRIBUTION}[eval]'"
+    if package in _LM_EVAL_TRANSFORMERS_NEEDS:
+        return "pip install 'lm-eval[hf]'"
     return f"pip install {DISTRIBUTION}" if package in BASE else None

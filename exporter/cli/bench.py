@@ -1,21 +1,26 @@
-"""`bench`: how fast a bundle is here, and how fast it could be."""
+"""`bench`: how fast a bundle is here, how fast it could be, and how fast others are beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from exporter.cli._console import emit_json, note, print_facts, print_table, size, stages
+from exporter.cli._console import emit_json, note, stages
 from exporter.cli._options import PATH, backend_options, json_option
 
 if TYPE_CHECKING:
-    from runtime.bench import Report, Spread
+    from exporter.bench.measure import Case
+    from exporter.bench.process import Contender
+    from exporter.bench.run import Report
+    from runtime.bundle import Bundle
     from runtime.text_generation import TextGenerator
 
-PROMPT, NEW = 512, 64
+PROMPTS, BATCHES, NEW = (32, 512), (1, 4), 64
 
 
 @click.command()
@@ -25,23 +30,36 @@ PROMPT, NEW = 512, 64
     "prompts",
     type=click.IntRange(min=1),
     multiple=True,
-    help=f"Tokens of a prompt; repeatable.  [default: {PROMPT}, or what a row holds]",
+    help=f"Tokens of a prompt; repeatable.  [default: {' and '.join(map(str, PROMPTS))}, or what a row holds]",
 )
 @click.option(
     "--batch-size",
     "batches",
     type=click.IntRange(min=1),
     multiple=True,
-    default=(1,),
-    show_default=True,
-    help="Rows at once; repeatable.",
+    help=f"Rows at once; repeatable.  [default: {' and '.join(map(str, BATCHES))}, or what an engine takes]",
 )
 @click.option(
     "--new-tokens", type=click.IntRange(min=2), default=NEW, show_default=True, help="Tokens that each row is given."
 )
 @click.option(
-    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="How often everything is measured."
+    "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="How often everything is measured."
 )
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="PEER,...",
+    help="Measure these in turn with the bundle: transformers, onnxruntime-genai, openvino=DIRECTORY.",
+)
+@click.option("--checkpoint", type=PATH, help="The bundle's source, which transformers runs.")
+@click.option(
+    "--peer-python",
+    "pythons",
+    multiple=True,
+    metavar="PEER=PYTHON",
+    help="The Python of an environment that has a peer; repeatable.  [default: this one]",
+)
+@click.option("--plot", type=PATH, metavar="FILE.svg|.png", help="Draw the speeds to this file.")
 @backend_options
 @json_option
 def bench(
@@ -51,6 +69,10 @@ def bench(
     batches: tuple[int, ...],
     new_tokens: int,
     rounds: int,
+    against: tuple[str, ...],
+    checkpoint: Path | None,
+    pythons: tuple[str, ...],
+    plot: Path | None,
     backend: str,
     device: str | None,
     threads: int | None,
@@ -62,34 +84,100 @@ def bench(
     of the others is not counted. Beside it stands the roofline: the tokens per second that reading the weights and
     the cache once per step allows, at the bandwidth that the same run measures.
 
+    Peers run in processes of their own, stopped but for their turns. In every round each has its turn of the same
+    prompts on as many threads; × is how many times as fast the bundle was, in the same round.
+
     \b
     nemotron-export bench ./bundle
     nemotron-export bench ./bundle --prompt-tokens 32 --prompt-tokens 2048 --batch-size 1 --batch-size 8
+    nemotron-export bench ./bundle --against transformers --checkpoint ./Nemotron-Mini-4B --plot speeds.svg
+    nemotron-export bench ./bundle --against onnxruntime-genai --peer-python onnxruntime-genai=./genai/bin/python
     """
+    from exporter.bench.run import run
     from runtime import load
-    from runtime.bench import Case
-    from runtime.bench import bench as measure
+    from runtime.bundle import Bundle
     from runtime.hardware import process_age
 
     start_s = process_age()
+    if plot is not None:
+        from exporter.cli._picture import check_plot
+
+        check_plot(plot)
+    opened = Bundle.open(bundle)
+    if against:
+        threads = threads or _cores()
+    peers = _peers(opened, against, pythons, checkpoint, threads)
     model = load(bundle, task="text-generation", backend=backend, device=device, threads=threads)
-    lengths = prompts or (max(1, min(PROMPT, model.max_length - new_tokens)),)
-    cases = [Case(batch, length) for batch, length in product(batches, lengths)]
+    if peers:
+        _check_device(model)
     for remark in model.remarks:
         note(remark)
-    with stages() as progress:
-        report = measure(
-            *(model, cases),
-            new_tokens=new_tokens,
-            rounds=rounds,
-            threads=threads,
-            progress=lambda done, total: progress("bench", done, total),
-        )
+    cases = _cases(model, prompts, batches, new_tokens)
+    with stages() as progress, _blaming_peers():
+        report = run(model, cases, peers, new_tokens=new_tokens, rounds=rounds, threads=threads, progress=progress)
     if as_json:
         emit_json(_to_json(model, report, start_s))
     else:
-        _print(model, report, start_s)
-        click.echo(f"{new_tokens} new tokens a row; medians of {rounds} rounds (least–most)")
+        from exporter.cli._bench_table import print_report
+
+        print_report(model, report, start_s)
+    if plot is not None:
+        from exporter.cli._bench_plot import draw
+
+        draw(report, f"{bundle.resolve().name} on {model.device}", plot)
+        note(f"wrote {plot}")
+
+
+def _peers(
+    bundle: Bundle, against: tuple[str, ...], pythons: tuple[str, ...], checkpoint: Path | None, threads: int | None
+) -> list[Contender]:
+    """Those that are asked for; whatever is wrong with one is said before anything is loaded."""
+    from exporter.bench.peers import contenders, parse_against, parse_pythons, remarks
+
+    named = parse_against(against)
+    found = contenders(
+        bundle, named, pythons=parse_pythons(pythons, named), checkpoint=checkpoint, threads=threads or _cores()
+    )
+    for remark in remarks(bundle, checkpoint):
+        note(remark)
+    return found
+
+
+@contextmanager
+def _blaming_peers() -> Iterator[None]:
+    """Say what to do about a peer that breaks down."""
+    from exporter.bench.process import Ended
+    from runtime.errors import UserError
+
+    try:
+        yield
+    except Ended as error:
+        raise UserError(f"{error}; mend that, or leave it out of --against") from error
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+def _check_device(model: TextGenerator) -> None:
+    from runtime.errors import UserError
+
+    if model.backend != "onnxruntime-cpu":
+        raise UserError(
+            f"peers run on the CPU, {model.bundle.path} on {model.backend}; add --backend onnxruntime --device cpu, "
+            "or drop --against"
+        )
+
+
+def _cases(model: TextGenerator, prompts: tuple[int, ...], batches: tuple[int, ...], new_tokens: int) -> list[Case]:
+    from exporter.bench.measure import Case
+
+    most = max(1, model.max_length - new_tokens)
+    lengths = prompts or sorted({min(length, most) for length in PROMPTS})
+    rows = batches or sorted({min(batch, model.max_slots or batch) for batch in BATCHES})
+    return [Case(batch, length) for batch, length in product(dict.fromkeys(rows), dict.fromkeys(lengths))]
 
 
 def _to_json(model: TextGenerator, report: Report, start_s: float | None) -> dict[str, object]:
@@ -98,6 +186,9 @@ def _to_json(model: TextGenerator, report: Report, start_s: float | None) -> dic
         "bundle": str(model.bundle.path),
         "backend": model.backend,
         "device": model.device,
+        "new_tokens": report.new_tokens,
+        "rounds": report.rounds,
+        "threads": report.threads,
         "start": {
             "imports_s": start_s,
             "load_s": model.load_s - model.check_s,
@@ -107,49 +198,5 @@ def _to_json(model: TextGenerator, report: Report, start_s: float | None) -> dic
         "bandwidth_bytes_per_s": report.bandwidth,
         "peak_rss_mb": report.peak_bytes / 1e6,
         "speeds": [speed.to_json() for speed in report.speeds],
+        "peers": [peer.to_json() for peer in report.peers],
     }
-
-
-def _print(model: TextGenerator, report: Report, start_s: float | None) -> None:
-    manifest = model.bundle.manifest
-    print_facts(
-        [
-            ("bundle", f"{model.bundle.path} ({manifest.target}, {manifest.precision})"),
-            ("runs on", f"{model.backend}, {model.device}"),
-            ("start", _start(model, report, start_s)),
-            ("memory", f"{size(report.peak_bytes)} at its peak"),
-            ("bandwidth", report.bandwidth and f"{size(report.bandwidth)}/s of memory read"),
-        ]
-    )
-    head = ("batch", "prompt", "first token", "prompt tokens/s", "tokens/s", "read per step", "roofline", "share")
-    rows = [head]
-    for speed in report.speeds:
-        case = speed.case
-        prompt_speed = case.batch * case.prompt_tokens / speed.first_token_s.median
-        rows.append(
-            (
-                *(str(case.batch), str(case.prompt_tokens), _seconds(speed.first_token_s), f"{prompt_speed:.0f}"),
-                _rate(speed.tokens_per_s),
-                "-" if speed.step_bytes is None else size(speed.step_bytes),
-                "-" if speed.roofline is None else f"{speed.roofline:.1f} tokens/s",
-                "-" if speed.share is None else f"{100 * speed.share:.0f} %",
-            )
-        )
-    print_table(rows)
-
-
-def _start(model: TextGenerator, report: Report, start_s: float | None) -> str:
-    """From the command to the first token, by part."""
-    parts = [("load", model.load_s - model.check_s), ("check", model.check_s), ("first token", report.cold_s)]
-    if start_s is not None:
-        parts.insert(0, ("imports", start_s))
-    total = sum(seconds for _, seconds in parts)
-    return f"{total:.2f} s: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts)
-
-
-def _seconds(spread: Spread) -> str:
-    return f"{spread.median:.3f} s ({spread.least:.3f}–{spread.most:.3f})"
-
-
-def _rate(spread: Spread) -> str:
-    return f"{spread.median:.1f} ({spread.least:.1f}–{spread.most:.1f})"

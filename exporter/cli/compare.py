@@ -81,7 +81,7 @@ def compare(bundles: tuple[Path, ...], no_speed: bool, plot: Path | None, as_jso
     from runtime.bundle import Bundle
 
     if plot is not None:
-        from exporter.cli._plot import check_plot
+        from exporter.cli._picture import check_plot
 
         check_plot(plot)
     rows = _rows([Bundle.open(path) for path in bundles])

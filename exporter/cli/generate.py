@@ -11,6 +11,7 @@ import click
 from exporter.cli._console import emit_json, note
 from exporter.cli._options import (
     PATH,
+    TokenIds,
     backend_options,
     checked_text,
     generation_options,
@@ -20,21 +21,6 @@ from exporter.cli._options import (
 
 if TYPE_CHECKING:
     from runtime.generate import Generation, GenerationResult
-
-
-class TokenIds(click.ParamType[list[int]]):
-    """Token ids separated by commas."""
-
-    name = "5,17,3"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        """Read the numbers."""
-        if isinstance(value, list):
-            return value
-        try:
-            return [int(token) for token in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r} is not a list of token ids such as 5,17,3", param, ctx)
 
 
 @click.command()

@@ -54,18 +54,29 @@ class Segments:
         non_finite: the edges that were not finite so far, where segments are evaluated.
     """
 
-    def __init__(self, bundle: Bundle, *, evaluate: bool) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        evaluate: bool,
+        model: ir.Model | None = None,
+        network: tuple[str, Program] | None = None,
+    ) -> None:
         """Find the cuts; no weight is read.
 
         Args:
             bundle: of text generation with a cache.
             evaluate: round every edge to its dtype, instead of running ONNX Runtime's kernels.
+            model: the bundle's graph, where the caller has it, with nodes of its own.
+            network: what TensorRT's parser made of the graph, to be evaluated in its place, and its name. Its edges
+                have the graph's names; its head is not cut.
 
         Raises:
             UserError: the graph is not of decoder layers that can be told apart.
         """
         self._bundle, self.evaluated = bundle, evaluate
-        self._model = ir.load(bundle.file(MODEL))
+        self._model = model or ir.load(bundle.file(MODEL))
+        self._network = network
         self.layers = bundle.cache_geometry.layers
         self._stream = _residual_stream(self._model.graph, self.layers, bundle)
         before, after = self._stream[-2:]
@@ -73,7 +84,9 @@ class Segments:
         self.ends_kept = any(node.op_type == "GatherND" for node in last)
         self.non_finite: list[str] = []
         self.name = f"nemotron-export evaluation of the ONNX graph {__version__}"
-        if not evaluate:
+        if network is not None:
+            self.name, _ = network
+        elif not evaluate:
             self.name = f"onnxruntime-cpu {import_onnxruntime().__version__}"
 
     def stream_name(self, layer: int) -> str:
@@ -82,12 +95,12 @@ class Segments:
 
     def embedding(self) -> Segment:
         """From the graph's inputs to the first layer's."""
-        return self._between(None, [self.stream_name(0)])
+        return self.between(None, [self.stream_name(0)])
 
     def layer(self, layer: int) -> Segment:
         """From a layer's input and cache to the next one's input and its cache."""
         outputs = [self.stream_name(layer + 1), *present_names(layer)]
-        return self._between(self.stream_name(layer), outputs)
+        return self.between(self.stream_name(layer), outputs)
 
     def vocabulary(self, hidden: int) -> list[slice]:
         """The runs of the vocabulary that the head is cut into, by the width of what it reads."""
@@ -97,6 +110,9 @@ class Segments:
 
     def head(self, hidden: int) -> Iterator[tuple[slice, Segment]]:
         """From the last layer's output to the logits, a run of the vocabulary at a time; see `vocabulary`."""
+        if self._network is not None:
+            yield slice(0, self._bundle.vocab_size), self.between(self.stream_name(self.layers), [LOGITS])
+            return
         for part in self.vocabulary(hidden):
             weights = {
                 str(value.name): read_tensor(value.const_value, part, axis).contiguous()
@@ -134,7 +150,8 @@ class Segments:
     def _fed_head(self) -> _OnOnnxRuntime:
         return self._on_onnxruntime(self.stream_name(self.layers), [LOGITS], {}, fed=list(self._head_weights))
 
-    def _between(self, given: str | None, outputs: Sequence[str]) -> Segment:
+    def between(self, given: str | None, outputs: Sequence[str]) -> Segment:
+        """From a point of the residual stream, or the graph's inputs alone, to any of the graph's values by name."""
         if self.evaluated:
             names = [] if given is None else [given]
             return _Evaluated(self._program.between(names, outputs), self.non_finite, {})
@@ -172,7 +189,7 @@ class Segments:
 
     @cached_property
     def _program(self) -> Program:
-        return compile_graph(self._model)
+        return compile_graph(self._model) if self._network is None else self._network[1]
 
 
 @dataclass(frozen=True)

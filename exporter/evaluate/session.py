@@ -178,6 +178,18 @@ def evaluate_network(bundle: Bundle, flavor: str | None = None, causality: str =
     Raises:
         UserError: the bundle is of another target, or no TensorRT is installed.
     """
+    name, version, programs = network_programs(bundle, flavor, causality)
+    return EvaluatedSession(bundle, programs, name, version)
+
+
+def network_programs(
+    bundle: Bundle, flavor: str | None = None, causality: str = LOWER_RIGHT
+) -> tuple[str, str, Callable[[int], Program]]:
+    """What is evaluated of a bundle's network and its version, and the program for a capacity; see `evaluate_network`.
+
+    Raises:
+        UserError: the bundle is of another target, or no TensorRT is installed.
+    """
     check_for_network(bundle)
     flavor, trt = installed(flavor)
     weights = load_graph(bundle.file(MODEL)).constants
@@ -187,7 +199,7 @@ def evaluate_network(bundle: Bundle, flavor: str | None = None, causality: str =
         parsed.mend(causality)
         return compile_network(trt, parsed.network, weights, owner=parsed)
 
-    return EvaluatedSession(bundle, program, f"nemotron-export evaluation of the {flavor} network", trt.__version__)
+    return f"nemotron-export evaluation of the {flavor} network", trt.__version__, program
 
 
 def check_for_network(bundle: Bundle) -> None:

@@ -14,17 +14,19 @@ import pytest
 
 from benchmarks import compare, compare_report, compare_rounds, reach
 from benchmarks.compare_report import roofline
-from benchmarks.contenders.base import Contender, Running, made
+from benchmarks.contenders.base import made
 from benchmarks.contenders.onnx_bytes import step_bytes
-from benchmarks.reach import Figure, judge, leading, worse_quartile
+from benchmarks.reach import Figure, judge, worse_quartile
+from exporter.bench.process import Contender
 
 ROOT = Path(__file__).parents[2]
 # Its tokens are those of the prompt and how many were asked for.
 COUNTING = """
 import sys
-from benchmarks.contenders.serve import serve
+from exporter.bench.serve import serve
 
 class Counting:
+    packages, weight_bytes, cache_bytes = (), None, None
     def __init__(self):
         print("a library says hello")
         self.states = {}
@@ -40,7 +42,7 @@ serve(Counting)
 
 
 def contender(*command: str, peer: str = "peer", precision: str = "int4") -> Contender:
-    return Contender(peer, precision, command, 1_000, 10, 2_000, {"peer": "1.0"})
+    return Contender(peer, precision, command, 1_000, 10, {"peer": "1.0"})
 
 
 def test_the_quartile_that_counts_is_the_one_that_is_worse_for_us() -> None:
@@ -95,14 +97,6 @@ def test_every_figure_is_of_contenders_that_the_comparison_has(preset: str) -> N
         assert figure.measure != "long" or contenders <= FAR_ON
 
 
-def test_agreement_is_the_share_of_tokens_before_the_first_that_differs() -> None:
-    assert leading([1, 2, 3, 4], [1, 2, 9, 4]) == 0.5
-    assert leading([1, 2], [1, 2]) == 1.0
-    assert leading([7, 2], [1, 2]) == 0.0
-    with pytest.raises(ValueError, match="longer"):
-        leading([1], [1, 2])
-
-
 def test_the_roofline_reads_weights_once_for_all_rows_and_each_rows_cache() -> None:
     one = contender()
     assert one.step_bytes(rows=1, context=100) == 2_000
@@ -127,30 +121,6 @@ def test_an_embedding_and_rotary_tables_count_a_row_and_a_shared_matrix_once(tmp
     graph = helper.make_graph(nodes, "g", [], [], initializer=weights)
     onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
     assert step_bytes(tmp_path / "model.onnx") == 4 * (8 + 8 * 8 + 4 + 4)
-
-
-def test_a_contender_answers_in_its_own_process_whatever_libraries_print_and_is_stopped_between(tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.bin"
-    np.arange(6, dtype=np.int32).tofile(prompts)
-    running = Running(contender(sys.executable, "-c", COUNTING), tmp_path / "log")
-    try:
-        assert _state(running) == "T"
-        with running.awake():
-            assert running.prompt("a", prompts, 2, 3, 100)[1] == [103, 112]
-            assert running.prompt("b", prompts, 1, 2, 0)[1] == [1]
-            seconds, tokens = running.decode("a", 2)
-        assert tokens == [[104, 113], [105, 114]]
-        assert 0 < seconds < 1
-        assert _state(running) == "T"
-        assert 0 < running.memory()["resident"] <= running.memory()["peak"]
-    finally:
-        running.close()
-    assert "a library says hello" in (tmp_path / "log").read_text()
-
-
-def test_a_contender_that_does_not_load_is_named_with_what_it_said(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"(?s)peer int4 has ended:.*no such model"):
-        Running(contender(sys.executable, "-c", "raise SystemExit('no such model')"), tmp_path / "log")
 
 
 def test_what_was_cut_off_is_made_anew(tmp_path: Path) -> None:
@@ -226,7 +196,7 @@ def test_a_missed_figure_is_exit_code_1_and_everything_is_in_the_json(
     bound: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = (("nemotron-export", "int4"), ("llama.cpp", "Q4_0"), ("transformers", "fp32"))
-    counting = [contender(sys.executable, "-c", COUNTING, peer=peer, precision=bits) for peer, bits in names]
+    counting = [(contender(sys.executable, "-c", COUNTING, peer=peer, precision=bits), 2_000) for peer, bits in names]
     (tmp_path / "242m").mkdir()
     figures = tuple(
         Figure(measure, ("nemotron-export int4",), "llama.cpp Q4_0", bound) for measure in ("batch", "long")
@@ -264,8 +234,3 @@ def test_prompts_of_a_batch_differ_and_one_by_itself_is_a_row_of_them(tmp_path: 
     assert batch.max() < 2048
     alone = np.fromfile(prompts.file(compare_rounds.AGREE, 1), np.int32)[: compare_rounds.AGREE.prompt]
     assert alone.tolist() == batch.ravel()[128:256].tolist()
-
-
-def _state(running: Running) -> str:
-    stat = Path(f"/proc/{running._process.pid}/stat").read_text()
-    return stat.rpartition(")")[2].split()[0]

@@ -62,7 +62,13 @@ BF16 = 'activations = "bf16"\n'
 
 
 @pytest.mark.parametrize(
-    ("precision", "recipe"), [("fp8", ""), ("int4", ""), ("fp8", BF16), ("int4", BF16), ("int4", "block = 64\n")]
+    ("precision", "recipe"),
+    [
+        pytest.param("fp8", "", marks=pytest.mark.slow),
+        ("int4", ""),
+        *(pytest.param(precision, BF16, marks=pytest.mark.slow) for precision in ("fp8", "int4")),
+        pytest.param("int4", "block = 64\n", marks=pytest.mark.slow),
+    ],
 )
 def test_a_plan_saves_what_the_weights_save(precision: str, recipe: str, exported: Exported, tmp_path: Path) -> None:
     """TensorRT may dequantise weights when it builds; then they cost what 16 bit cost, and nothing says so."""

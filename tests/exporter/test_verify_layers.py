@@ -148,7 +148,8 @@ def test_each_layer_is_read_once_and_the_head_in_runs(
     assert most <= 600
 
 
-@pytest.mark.parametrize("max_length", [3, pytest.param(11, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("max_length", [3, 11])
 def test_models_of_very_short_context_fit(tmp_path: Path, max_length: int) -> None:
     checkpoint = write_checkpoint(tmp_path / "short", num_hidden_layers=2, max_position_embeddings=max_length)
     bundle = export(checkpoint, tmp_path / "bundle", ExportOptions(verify=False)).bundle
@@ -188,7 +189,7 @@ def test_logits_that_are_no_number_are_not_a_quality(tiny_bundle_copy: Path, tin
 def test_an_export_that_the_memory_does_not_hold_whole_is_checked_layer_by_layer(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exporter.reference.Reference._load", lambda *_: pytest.fail("the whole model was loaded"))
+    monkeypatch.setattr("exporter.reference.Reference.load", lambda *_: pytest.fail("the whole model was loaded"))
     options = ExportOptions(precision="bf16", memory=720_000_000, eval_tokens=256)
     manifest = export(tiny_checkpoint, tmp_path / "bundle", options).manifest
     assert manifest.parity is not None

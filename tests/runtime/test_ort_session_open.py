@@ -9,6 +9,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 from corruptions import redescribe
+from fake_libcuda import play_driver
 from fake_ort_cuda import play_cuda
 
 from runtime.bundle import Bundle
@@ -59,6 +60,13 @@ def test_without_onnxruntime_both_extras_are_named(bundle_dir: Path, monkeypatch
 def test_without_its_cuda_provider_the_extra_is_named(bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(UserError, match=r"no CUDAExecutionProvider; .*'nemotron-export\[gpu\]', or use --device cpu"):
+        OrtSession(Bundle.open(bundle_dir), device="cuda")
+
+
+def test_a_cuda_provider_without_a_gpu_is_told_so(bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: PROVIDERS)
+    play_driver(monkeypatch)
+    with pytest.raises(UserError, match=r"no NVIDIA GPU that is visible here; check nvidia-smi, or use --device cpu"):
         OrtSession(Bundle.open(bundle_dir), device="cuda")
 
 

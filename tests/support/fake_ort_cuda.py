@@ -16,6 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 from cuda_placement import Placement
+from fake_libcuda import L4, play_driver
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 RealSession = onnxruntime.InferenceSession
@@ -208,7 +209,8 @@ class Session:
 
 
 def play_cuda(monkeypatch: pytest.MonkeyPatch) -> type[Session]:
-    """Put the fake into onnxruntime's place."""
+    """Put the fake into onnxruntime's place, on a machine with a GPU."""
+    play_driver(monkeypatch, L4)
     monkeypatch.setattr(Session, "made", [])
     monkeypatch.setattr(OrtValue, "made", Counter())
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from forward_bundles import Toy
+from lm_eval_tasks import write_tasks
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
-    *("demo", "plan", "export", "verify", "build", "selftest"),
-    *("generate", "chat", "predict", "inspect", "compare", "doctor"),
+    *("demo", "plan", "export", "verify", "diagnose", "build", "package", "selftest"),
+    *("generate", "chat", "predict", "inspect", "bench", "compare", "eval", "doctor"),
 )
+QUICK_BENCH = ("--rounds", "1", "--new-tokens", "2", "--prompt-tokens", "4", "--batch-size", "1")
 EXPORT_ONLY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes")
 HEAVY = (*EXPORT_ONLY, "numpy", "rich", "matplotlib", "onnxruntime", "tokenizers", "jinja2")
 
@@ -60,17 +62,25 @@ def test_help_lists_every_command():
         ("selftest", "{bundle}", "--json"),
         ("inspect", "{bundle}", "--json"),
         ("inspect", "{checkpoint}", "--json"),
+        ("bench", "{bundle}", *QUICK_BENCH, "--json"),
+        pytest.param(
+            ("bench", "{bundle}", *QUICK_BENCH, "--against", "transformers", "--checkpoint", "{checkpoint}"),
+            marks=pytest.mark.slow,
+        ),
         ("compare", "{bundle}", "--json"),
+        ("package", "{bundle}", "--triton", "{models}", "--json"),
         ("doctor", "--json"),
     ],
 )
-def test_the_deployment_machine_needs_no_torch(arguments, tiny_bundle, tiny_checkpoint):
-    report = probe(
-        *(argument.format(bundle=tiny_bundle, checkpoint=tiny_checkpoint) for argument in arguments), stdin="Hello\n"
-    )
+def test_the_deployment_machine_needs_no_torch(arguments, tiny_bundle, tiny_checkpoint, tmp_path):
+    places = {"bundle": tiny_bundle, "checkpoint": tiny_checkpoint, "models": tmp_path / "models"}
+    report = probe(*(argument.format(**places) for argument in arguments), stdin="Hello\n")
     assert report["code"] == 0
     assert report["out"]
-    assert not set(EXPORT_ONLY) & set(report["modules"])
+    graph = (
+        {"onnx", "ml_dtypes"} if arguments[:2] == ("inspect", "{bundle}") else set()
+    )  # read where they are installed
+    assert not (set(EXPORT_ONLY) - graph) & set(report["modules"])
 
 
 def test_predicting_needs_no_torch(tmp_path):
@@ -78,6 +88,15 @@ def test_predicting_needs_no_torch(tmp_path):
     report = probe("predict", path, "--text", "mars", "--json")
     assert report["code"] == 0
     assert report["out"]
+    assert not set(EXPORT_ONLY) & set(report["modules"])
+
+
+def test_benchmarks_need_no_torch(tiny_bundle, tiny_checkpoint, tmp_path):
+    tasks = write_tasks(tmp_path, tiny_checkpoint / "heldout.txt")
+    names = "tiny_choice,tiny_text,tiny_answer"
+    report = probe("eval", tiny_bundle, "--tasks", names, "--include-path", tasks, "--limit", 4, "--json")
+    assert report["code"] == 0
+    assert len(json.loads(report["out"])["tasks"]) == 3
     assert not set(EXPORT_ONLY) & set(report["modules"])
 
 

@@ -55,7 +55,7 @@ def test_a_mended_network_is_the_model(
     assert parity.evaluated_by == f"nemotron-export evaluation of the tensorrt-rtx network {trt.__version__}"
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_mended_network_passes_in_16_bit(
     precision: str, tensorrt_bundle_of: Callable[[str], Path], tiny_checkpoint: Path
 ) -> None:

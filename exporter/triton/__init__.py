@@ -1,0 +1,1 @@
+"""A bundle as a model of Triton Inference Server: `repository` writes what `model` serves by `config`'s description."""
