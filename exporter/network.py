@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from runtime.contract import INPUT_IDS, WRITE_INDICES
 from runtime.errors import UserError
 from runtime.manifest import MODEL
 from runtime.tensorrt_api import Messages, logger
+
+Change = Callable[[onnx.ModelProto], onnx.ModelProto]
 
 CAPACITY = "capacity"  # the symbolic dimension of the caches
 
@@ -74,19 +77,22 @@ class ParsedNetwork:
         self._weights.release_pages()
 
 
-def parse(trt: Any, bundle: Bundle, capacity: int) -> ParsedNetwork:
+def parse(trt: Any, bundle: Bundle, capacity: int, change: Change | None = None) -> ParsedNetwork:
     """Parse a bundle's graph with its caches' capacity frozen; nothing is mended yet.
 
     Args:
         trt: TensorRT's module, from `runtime.tensorrt_api`.
         bundle: a bundle of target `tensorrt`.
         capacity: positions that the caches hold.
+        change: what is done to the graph before it is parsed; its weights stay in their files.
 
     Raises:
         UserError: the graph cannot be read or parsed.
     """
     path = bundle.file(MODEL)
     model = _frozen(path, capacity)
+    if change is not None:
+        model = change(model)
     messages = Messages()
     log = logger(trt, messages)
     builder = trt.Builder(log)

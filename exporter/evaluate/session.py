@@ -8,15 +8,18 @@ from functools import cached_property
 from typing import Any, Protocol, Self
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
 from exporter import __version__
+from exporter.engine_options import NATIVE, PLUGIN
 from exporter.evaluate.network import compile_network
-from exporter.evaluate.onnx_graph import load_graph
+from exporter.evaluate.onnx_graph import compile_graph, load_graph
 from exporter.evaluate.program import Program
 from exporter.evaluate.tensors import as_torch
 from exporter.network import parse
+from exporter.plugin_attention import use_split_attention
 from plugins.tensorrt_network import LOWER_RIGHT
 from runtime.bundle import Bundle, CacheGeometry
 from runtime.contract import LOGITS, past_names, present_names
@@ -159,10 +162,22 @@ class EvaluatedSession:
         self.cache = EvaluatedCache(self._bundle.cache_geometry, slots, capacity)
 
 
-def evaluate_graph(bundle: Bundle) -> EvaluatedSession:
-    """A session of the bundle's ONNX graph, which is one program whatever the capacity."""
-    program = load_graph(bundle.file(MODEL))
-    return EvaluatedSession(bundle, lambda _: program, "nemotron-export evaluation of the ONNX graph", __version__)
+def evaluate_graph(bundle: Bundle, attention: str = NATIVE) -> EvaluatedSession:
+    """A session of the bundle's ONNX graph, which is one program whatever the capacity.
+
+    Args:
+        bundle: of text generation with a cache.
+        attention: `PLUGIN` for the graph that an engine with the attention kernels is built of.
+
+    Raises:
+        UserError: the graph has no form with the kernels' ops.
+    """
+    name, model = "nemotron-export evaluation of the ONNX graph", ir.load(bundle.file(MODEL))
+    if attention == PLUGIN:
+        use_split_attention(model, bundle)
+        name += " with the attention kernels' ops"
+    program = compile_graph(model)
+    return EvaluatedSession(bundle, lambda _: program, name, __version__)
 
 
 def evaluate_network(bundle: Bundle, flavor: str | None = None, causality: str = LOWER_RIGHT) -> EvaluatedSession:
