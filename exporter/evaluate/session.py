@@ -30,6 +30,7 @@ from runtime.session import Floats, Ints, Session
 from runtime.steps import Limits, Step, check_allocation, contract_of
 from runtime.tensorrt_api import FLAVORS, import_tensorrt
 
+WITH_OPS = " with the attention kernels' ops"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -172,12 +173,21 @@ def evaluate_graph(bundle: Bundle, attention: str = NATIVE) -> EvaluatedSession:
     Raises:
         UserError: the graph has no form with the kernels' ops.
     """
-    name, model = "nemotron-export evaluation of the ONNX graph", ir.load(bundle.file(MODEL))
+    program = compile_graph(graph_of(bundle, attention))
+    name = f"nemotron-export evaluation of the ONNX graph{WITH_OPS if attention == PLUGIN else ''}"
+    return EvaluatedSession(bundle, lambda _: program, name, __version__)
+
+
+def graph_of(bundle: Bundle, attention: str = NATIVE) -> ir.Model:
+    """The bundle's graph, with the attention kernels' ops for `PLUGIN`; weights stay in their files.
+
+    Raises:
+        UserError: the graph has no form with the kernels' ops.
+    """
+    model = ir.load(bundle.file(MODEL))
     if attention == PLUGIN:
         use_split_attention(model, bundle)
-        name += " with the attention kernels' ops"
-    program = compile_graph(model)
-    return EvaluatedSession(bundle, lambda _: program, name, __version__)
+    return model
 
 
 def evaluate_network(bundle: Bundle, flavor: str | None = None, causality: str = LOWER_RIGHT) -> EvaluatedSession:

@@ -18,7 +18,7 @@ from exporter.evaluate.onnx_graph import compile_graph
 from exporter.evaluate.session import evaluate_graph
 from exporter.evaluate.tensors import as_torch
 from exporter.plugin_attention import use_split_attention
-from exporter.verify import run_gate
+from exporter.verify import gate, run_gate, verify
 from runtime.bundle import Bundle
 from runtime.errors import UserError
 from runtime.golden import replay
@@ -99,6 +99,25 @@ def test_the_trained_checkpoint_passes_the_gate_with_the_kernels_ops(
     assert "with the attention kernels' ops" in result.parity.evaluated_by
     assert result.golden is not None
     assert all(comparison.passed for comparison in replay(session, result.golden))
+
+
+def test_the_gate_layer_by_layer_has_the_kernels_ops_too(tensorrt_bundle: Path, tiny_checkpoint: Path) -> None:
+    bundle, checkpoint = Bundle.open(tensorrt_bundle), Checkpoint.open(tiny_checkpoint)
+    parity = gate(bundle, checkpoint, attention="plugin", layered=True).parity
+    assert parity.passed
+    assert "with the attention kernels' ops, layer by layer" in parity.evaluated_by
+
+
+def test_verify_checks_the_graph_with_the_kernels_ops(
+    tensorrt_bundle: Path, tiny_bundle: Path, tiny_checkpoint: Path
+) -> None:
+    parity = verify(tensorrt_bundle, tiny_checkpoint, attention="plugin")
+    assert parity.passed
+    assert "kernels' ops" in parity.evaluated_by
+    with pytest.raises(UserError, match="is not one that engines with the attention kernels are built of"):
+        verify(tiny_bundle, tiny_checkpoint, attention="plugin")
+    with pytest.raises(UserError, match="--network evaluates TensorRT's layers and knows no plugin"):
+        verify(tensorrt_bundle, tiny_checkpoint, attention="plugin", network=True)
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp16", 0.04), ("bf16", 0.3)])
