@@ -84,7 +84,8 @@ def test_every_flag_arrives(cli, builder, tmp_path):
     flags = (
         "--flavor tensorrt-rtx --compute-capability 8.9 --compute-capability 12.0 --max-batch-size 2 --max-input-len 3 "
         "--max-seq-len 4 --attention plugin --causality mask --optimization-level 5 --version-compatible "
-        "--hardware-compatibility ampere-plus --weight-streaming --strip --profiling-verbosity detailed --timing-cache cache --force"
+        "--hardware-compatibility ampere-plus --weight-streaming --strip --profiling-verbosity detailed "
+        "--timing-cache cache --force"
     )
     assert cli("build", tmp_path, *flags.split()).code == 0
     from exporter.engine_options import BuildOptions
