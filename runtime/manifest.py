@@ -123,6 +123,11 @@ class Engine(Record):
     assumptions: tuple[str, ...] = ()
     selftested_on: tuple[str, ...] = ()
 
+    def rebuild(self, bundle: Path) -> str:
+        """The command that builds it again, with the attention that it has."""
+        attention = "" if self.attention == "native" else f" --attention {self.attention}"
+        return f"nemotron-export build {bundle} --flavor {self.flavor}{attention} --force"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Record):

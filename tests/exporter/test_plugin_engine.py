@@ -17,6 +17,7 @@ import pytest
 from fake_tensorrt_parser import FakeTensorRTParser, Layer
 from refusals import assert_tells, snapshot
 
+from benchmarks.gpu_check import with_kernels
 from exporter.engine import build
 from exporter.engine_options import BuildOptions
 from plugins.tensorrt_network import PLUGIN_ASSUMPTIONS
@@ -171,3 +172,18 @@ def test_a_plugin_layer_that_is_missing_is_refused(
 ) -> None:
     monkeypatch.setattr("fake_tensorrt_parser.Parser._plugin", lambda self, node: trt.LayerType.OTHER)
     assert_tells(refusal(bundle, OPTIONS), "8 plugin", "the parser made", "0 plugin")
+
+
+def test_the_check_of_a_gpu_machine_builds_such_an_engine_or_says_why_not(
+    trt: FakeTensorRTParser,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (made,) = with_kernels(bundle, tmp_path / "made")
+    assert [engine.attention for engine in Manifest.load(made).engines] == ["plugin"]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("exporter.engine_options.local_capability", lambda: "7.5")
+    assert list(with_kernels(bundle, tmp_path / "none")) == []
+    assert "skipped: attention kernels for bundle (compute capability 7.5" in capsys.readouterr().err
