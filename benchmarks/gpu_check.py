@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_check [BUNDLE ...]
 
-Runs every backend that is installed: TensorRT, with its own attention and with our kernels, TensorRT-RTX, ONNX Runtime's
-CUDA provider without and with captured decode steps. Without a bundle the trained checkpoint is exported for both
-targets (needs the extra `export`). Engines that are missing are built, in a copy. Prints one table, and writes JSON to
-`benchmarks/results/`. Exit code 1 where something is wrong, 2 without a GPU.
+Runs every backend that is installed: TensorRT, with its own attention and with our kernels, TensorRT-RTX, ONNX
+Runtime's CUDA provider without and with captured decode steps. Without a bundle the trained checkpoint is exported for
+both targets (needs the extra `export`). Engines that are missing are built, in a copy. Prints one table, and writes
+JSON to `benchmarks/results/`. Exit code 1 where something is wrong, 2 without a GPU.
 """
 
 from __future__ import annotations
