@@ -9,6 +9,8 @@ import click
 from exporter.cli._console import emit_json, print_comparisons, stages
 from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options, json_option, memory_option
 
+ATTENTIONS = ("native", "plugin")  # plain text, so that --help needs no import
+
 
 @click.command()
 @click.argument("bundle", type=PATH)
@@ -17,7 +19,7 @@ from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options,
 @click.option("--network", is_flag=True, help="Check what TensorRT's parser makes of the graph; needs no GPU.")
 @click.option(
     "--attention",
-    type=click.Choice(("native", "plugin")),
+    type=click.Choice(ATTENTIONS),
     default="native",
     show_default=True,
     help="plugin: check the graph that build --attention plugin makes.",
