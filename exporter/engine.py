@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from exporter.builder import configure, monitor_of
 from exporter.engine_options import PLUGIN, BuildOptions, Shapes, check_options, resolve_capabilities, resolve_shapes
 from exporter.network import ParsedNetwork, parse
-from exporter.plugin_attention import KernelPlugins
+from exporter.plugin_attention import change_of
 from plugins.tensorrt_network import (
     CAUSALITIES,
     LENGTHS_ASSUMPTION,
@@ -90,12 +89,11 @@ def build(path: Path, options: BuildOptions, progress: Progress = lambda *_: Non
     capabilities = resolve_capabilities(trt, options, bundle.manifest.precisions)
     record = _record(bundle, options, shapes, capabilities, str(trt.__version__))
     _check_place(bundle, record, options.force)
-    kernels = KernelPlugins(trt, options, capabilities[0]) if options.attention == PLUGIN else None
+    change = change_of(trt, options, capabilities[0], bundle)
 
     progress("check", 0, 1)
     _check_content(bundle)
     progress("parse", 0, 1)
-    change = None if kernels is None else partial(kernels.rewritten, bundle=bundle)
     parsed = parse(trt, bundle, shapes.capacity, change)
     layers = parsed.mend(options.causality).layers
     plan = _build(parsed, options, shapes, capabilities, progress)

@@ -36,6 +36,7 @@ class ParsedNetwork:
         path: the ONNX file.
         operators: how many of each operator the ONNX graph has.
         scales: the scale of each Attention, by node name.
+        plugins: the nodes that plugins compute, by name.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class ParsedNetwork:
     network: Any
     operators: Counter[str]
     scales: dict[str, float]
+    plugins: dict[str, onnx.NodeProto]
     messages: Messages
     _weights: _Weights = field(repr=False)
     _alive: list[Any] = field(repr=False)
@@ -113,7 +115,8 @@ def parse(trt: Any, bundle: Bundle, capacity: int, change: Change | None = None)
     attention = [node for node in model.graph.node if node.op_type == "Attention"]
     scales = {node.name: attribute.f for node in attention for attribute in node.attribute if attribute.name == "scale"}
     operators = Counter(node.op_type for node in model.graph.node)
-    return ParsedNetwork(path, trt, builder, network, operators, scales, messages, weights, [parser, log])
+    plugins = {node.name: node for node in model.graph.node if node.domain}
+    return ParsedNetwork(path, trt, builder, network, operators, scales, plugins, messages, weights, [parser, log])
 
 
 def _frozen(path: Path, capacity: int) -> onnx.ModelProto:

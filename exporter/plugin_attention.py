@@ -7,12 +7,14 @@ and not where it runs: the kernels are in the engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import onnx
 
-from exporter.engine_options import PLUGIN, BuildOptions
+from exporter.engine_options import NATIVE, PLUGIN, BuildOptions, check_options
+from exporter.network import Change
 from runtime.bundle import Bundle
 from runtime.contract import INPUT_IDS, WRITE_INDICES
 from runtime.errors import UserError
@@ -21,6 +23,26 @@ Marks = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
 
 NATIVE_INSTEAD = "build with --attention native"
 INSTALL = "pip install 'nemotron-export[kernels]'"
+
+
+def change_of(trt: Any, options: BuildOptions, capability: str | None, bundle: Bundle) -> Change | None:
+    """What `exporter.network.parse` does to the graph for the attention that is asked for; None for TensorRT's own.
+
+    Args:
+        trt: TensorRT's module.
+        options: what is built.
+        capability: of the GPU to build for, as "8.9"; None where there is none.
+        bundle: whose graph it is.
+
+    Raises:
+        UserError: the kernels are for another flavor, GPU or TensorRT, or what compiles them is missing.
+    """
+    check_options(options)
+    if options.attention == NATIVE:
+        return None
+    if capability is None:
+        raise UserError(f"no NVIDIA GPU is found here, for which attention kernels are compiled; {NATIVE_INSTEAD}")
+    return partial(KernelPlugins(trt, options, capability).rewritten, bundle=bundle)
 
 
 class KernelPlugins:

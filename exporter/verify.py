@@ -62,21 +62,19 @@ def verify(
     """
     opened, model = Bundle.open(bundle), Checkpoint.open(checkpoint, adapter, revision=revision)
     if attention == PLUGIN:
-        check_for_plugin(opened, network)
+        check_for_plugin(opened)
     layered = not network and not fits_whole(model, memory)
     if layered and (not opened.has_cache or has_extras(opened)):
         raise refusal(model, memory)
     return gate(opened, model, progress, network=network, attention=attention, layered=layered).parity
 
 
-def check_for_plugin(bundle: Bundle, network: bool) -> None:
+def check_for_plugin(bundle: Bundle) -> None:
     """Refuse what is not checked with the attention kernels' ops.
 
     Raises:
-        UserError: the bundle is of another target or hands out more than logits, or a network is asked for.
+        UserError: the bundle is of another target or hands out more than logits.
     """
-    if network:
-        raise UserError("--network evaluates TensorRT's layers and knows no plugin; drop it, or --attention plugin")
     if not bundle.has_cache or bundle.manifest.target != "tensorrt" or has_extras(bundle):
         raise UserError(
             f"{bundle.path} is not one that engines with the attention kernels are built of; drop --attention plugin"
@@ -109,7 +107,7 @@ def gate(
         return run_layered_gate(bundle, checkpoint, progress, attention)
     if not bundle.has_cache:
         return run_rows_gate(bundle, checkpoint, progress, network=network)
-    session = evaluate_network(bundle) if network else session_of(bundle, attention)
+    session = evaluate_network(bundle, attention=attention) if network else session_of(bundle, attention)
     result = run_gate(bundle, checkpoint, session, progress)
     if not has_extras(bundle):
         return result

@@ -42,7 +42,7 @@ def verify(
     Logits, cache and greedy tokens are compared; exit code 1 where they differ. On a machine without torch,
     `selftest` checks the bundle by itself. With --network, the graph of a bundle for TensorRT is parsed and mended as
     `build` does it, and the network is evaluated layer by layer, every tensor rounded to its type. With --attention
-    plugin, the graph with the kernels' ops is evaluated, each by its reference.
+    plugin, the graph with the kernels' ops is evaluated, each by its reference; with both, TensorRT's network of it.
 
     \b
     nemotron-export verify ./bundle ./Nemotron-Mini-4B-Instruct

@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from exporter import __version__
-from exporter.engine_options import NATIVE, PLUGIN
+from exporter.engine_options import NATIVE, PLUGIN, BuildOptions, local_capability
 from exporter.evaluate.network import compile_network
 from exporter.evaluate.onnx_graph import compile_graph, load_graph
 from exporter.evaluate.program import Program
 from exporter.evaluate.tensors import as_torch
 from exporter.network import parse
-from exporter.plugin_attention import use_split_attention
+from exporter.plugin_attention import change_of, use_split_attention
 from plugins.tensorrt_network import LOWER_RIGHT
 from runtime.bundle import Bundle, CacheGeometry
 from runtime.contract import LOGITS, past_names, present_names
@@ -190,7 +190,9 @@ def graph_of(bundle: Bundle, attention: str = NATIVE) -> ir.Model:
     return model
 
 
-def evaluate_network(bundle: Bundle, flavor: str | None = None, causality: str = LOWER_RIGHT) -> EvaluatedSession:
+def evaluate_network(
+    bundle: Bundle, flavor: str | None = None, causality: str = LOWER_RIGHT, attention: str = NATIVE
+) -> EvaluatedSession:
     """A session of what TensorRT's parser makes of the bundle's graph, mended as `build` mends it; no GPU is needed.
 
     Each capacity is a network of its own, parsed when its first step comes.
@@ -199,16 +201,17 @@ def evaluate_network(bundle: Bundle, flavor: str | None = None, causality: str =
         bundle: one of target `tensorrt`.
         flavor: whose parser (default: the one that is installed, `tensorrt` first).
         causality: as in `build`.
+        attention: as in `build`; `PLUGIN` needs a GPU, for which kernels are registered.
 
     Raises:
         UserError: the bundle is of another target, or no TensorRT is installed.
     """
-    name, version, programs = network_programs(bundle, flavor, causality)
+    name, version, programs = network_programs(bundle, flavor, causality, attention)
     return EvaluatedSession(bundle, programs, name, version)
 
 
 def network_programs(
-    bundle: Bundle, flavor: str | None = None, causality: str = LOWER_RIGHT
+    bundle: Bundle, flavor: str | None = None, causality: str = LOWER_RIGHT, attention: str = NATIVE
 ) -> tuple[str, str, Callable[[int], Program]]:
     """What is evaluated of a bundle's network and its version, and the program for a capacity; see `evaluate_network`.
 
@@ -216,15 +219,17 @@ def network_programs(
         UserError: the bundle is of another target, or no TensorRT is installed.
     """
     check_for_network(bundle)
-    flavor, trt = installed(flavor)
+    flavor, trt = installed("tensorrt" if attention == PLUGIN and flavor is None else flavor)
+    change = change_of(trt, BuildOptions(flavor, attention=attention), local_capability(), bundle)
     weights = load_graph(bundle.file(MODEL)).constants
 
     def program(capacity: int) -> Program:
-        parsed = parse(trt, bundle, capacity)
+        parsed = parse(trt, bundle, capacity, change)
         parsed.mend(causality)
-        return compile_network(trt, parsed.network, weights, owner=parsed)
+        return compile_network(trt, parsed.network, weights, owner=parsed, plugins=parsed.plugins)
 
-    return f"nemotron-export evaluation of the {flavor} network", trt.__version__, program
+    named = WITH_OPS if attention == PLUGIN else ""
+    return f"nemotron-export evaluation of the {flavor} network{named}", trt.__version__, program
 
 
 def check_for_network(bundle: Bundle) -> None:

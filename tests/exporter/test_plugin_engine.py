@@ -132,9 +132,9 @@ for name in ("torch", "transformers", "onnxruntime", {name!r}): sys.modules[name
 from types import SimpleNamespace
 from exporter.engine import build
 from exporter.engine_options import BuildOptions
-from exporter.plugin_attention import KernelPlugins
+from exporter.plugin_attention import change_of
 trt = SimpleNamespace(__name__="tensorrt", __version__="11.4")
-KernelPlugins(trt, BuildOptions("tensorrt", attention="plugin"), "8.9")
+change_of(trt, BuildOptions("tensorrt", attention="plugin"), "8.9", None)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     (*_, last) = done.stderr.splitlines()

@@ -116,8 +116,6 @@ def test_verify_checks_the_graph_with_the_kernels_ops(
     assert "kernels' ops" in parity.evaluated_by
     with pytest.raises(UserError, match="is not one that engines with the attention kernels are built of"):
         verify(tiny_bundle, tiny_checkpoint, attention="plugin")
-    with pytest.raises(UserError, match="--network evaluates TensorRT's layers and knows no plugin"):
-        verify(tensorrt_bundle, tiny_checkpoint, attention="plugin", network=True)
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp16", 0.04), ("bf16", 0.3)])
