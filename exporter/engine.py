@@ -185,8 +185,8 @@ def _build(
     if plan is None:
         raise UserError(
             f"{options.flavor} {trt.__version__} cannot build {parsed.path} for compute capability "
-            f"{', '.join(capabilities)}: {parsed.messages.reason()}; try another --precision, --causality mask, or "
-            "smaller shapes"
+            f"{', '.join(capabilities)}: {parsed.messages.reason()}; try another --precision, "
+            f"{'--attention native' if options.attention == PLUGIN else '--causality mask'}, or smaller shapes"
         )
     if options.timing_cache:
         options.timing_cache.write_bytes(config.get_timing_cache().serialize())

@@ -82,6 +82,7 @@ class KernelPlugins:
         Raises:
             UserError: an attention's form, shape or type is not the kernels'.
         """
+        from plugins.kernels.compile import UnexpectedPtx
         from plugins.kernels.shape import AttentionShape, UnsupportedByKernels, check_supported
 
         def marks(attributes: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -90,7 +91,13 @@ class KernelPlugins:
                 check_supported(shape, dtype, divmod(self._sm, 10))
             except UnsupportedByKernels as error:
                 raise UserError(f"{bundle.path}: {error}; {NATIVE_INSTEAD}") from error
-            namespace = self._registration.register(self._trt, self._trtp, shape, dtype, self._sm)
+            try:
+                namespace = self._registration.register(self._trt, self._trtp, shape, dtype, self._sm)
+            except UnexpectedPtx as error:
+                raise UserError(
+                    f"Triton {import_module('triton').__version__} makes other kernels than are known here ({error}); "
+                    f"install 3.7.1, or {NATIVE_INSTEAD}"
+                ) from error
             return {"plugin_namespace": namespace, "plugin_version": self._registration.VERSION, "aot": 1}
 
         ir = _import("onnx_ir", "the attention kernels")

@@ -1,7 +1,7 @@
 """Both kernels as ahead-of-time plugins of TensorRT, through `tensorrt.plugin` (NVIDIA/TensorRT, python/packaging).
 
-TensorRT calls what is registered here while it builds, and only then: shapes of outputs, types and block sizes to time,
-and for each of those the PTX, the grid and the extra arguments, which stay in the engine.
+TensorRT calls what is registered here while it builds, and only then: it asks for the shapes of outputs, for types and
+block sizes to time, and for the PTX, the grid and the extra arguments of each, which stay in the engine.
 
 Plugins of one attention shape are a namespace of their own, and have no attributes: what a graph's attributes say is
 known here, and `tensorrt.plugin` turns a number back from an array of one element, which NumPy has refused since 2.4.
@@ -10,8 +10,8 @@ known here, and `tensorrt.plugin` turns a number back from an array of one eleme
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from plugins.kernels.compile import Compiled, compile_merge, compile_split
@@ -27,7 +27,9 @@ _MERGE_INPUTS = ("maxima", "sums", "contexts", "lengths")
 
 @cache
 def register(trt: Any, trtp: Any, shape: AttentionShape, dtype: str, sm: int) -> str:
-    """Register SplitAttention and MergeAttention of one attention shape, once in a process.
+    """Compile and register SplitAttention and MergeAttention of one attention shape, once in a process.
+
+    Whatever is wrong with a kernel shows here, and not in a callback of TensorRT's.
 
     Args:
         trt: TensorRT's module.
@@ -36,20 +38,26 @@ def register(trt: Any, trtp: Any, shape: AttentionShape, dtype: str, sm: int) ->
         dtype: float16 or bfloat16, of activations and cache.
         sm: what kernels are compiled for, 89 for compute capability 8.9.
 
+    Raises:
+        UnexpectedPtx: Triton makes something else of a kernel than TensorRT can launch.
+
     Returns:
         The namespace in which TensorRT finds them: the graph's nodes name it in `plugin_namespace`.
     """
     digest = hashlib.sha256(repr((shape, dtype, sm)).encode()).hexdigest()[:16]
     namespace = f"nemotron_{digest}"
-    _register_split(trt, trtp, f"{namespace}::{SPLIT_ATTENTION}", shape, dtype, sm)
-    _register_merge(trt, trtp, f"{namespace}::{MERGE_ATTENTION}", shape, dtype, sm)
+    split = {config: compile_split(shape, dtype, config, sm) for config in SPLIT_CONFIGS[shape.head_dim]}
+    merge = {config: compile_merge(shape, dtype, config, sm) for config in MERGE_CONFIGS}
+    _register_split(trt, trtp, f"{namespace}::{SPLIT_ATTENTION}", shape, dtype, split)
+    _register_merge(trt, trtp, f"{namespace}::{MERGE_ATTENTION}", shape, dtype, merge)
     return namespace
 
 
-def _register_split(trt: Any, trtp: Any, name: str, shape: AttentionShape, dtype: str, sm: int) -> None:
-    configs = SPLIT_CONFIGS[shape.head_dim]
+def _register_split(
+    trt: Any, trtp: Any, name: str, shape: AttentionShape, dtype: str, compiled: Mapping[SplitConfig, Compiled]
+) -> None:
+    configs = tuple(compiled)
     half = _TYPES[dtype][1]
-    compiled = cache(partial(compile_split, shape, dtype, sm=sm))
 
     def describe(query: Any, cos: Any, sin: Any, key_cache: Any, value_cache: Any, lengths: Any) -> Any:
         batch, sequence, _ = query.shape_expr
@@ -69,27 +77,29 @@ def _register_split(trt: Any, trtp: Any, name: str, shape: AttentionShape, dtype
         sequence, capacity = query.shape_expr[1], key_cache.shape_expr[2]
         tiles = trtp.cdiv(sequence * shape.group, config.block_m)
         grid = (tiles * shape.kv_heads, _blocks(trtp, query, key_cache), query.shape_expr[0])
-        return _launch(trtp, compiled(config=config), grid, (sequence, capacity))
+        return _launch(trtp, compiled[config], grid, (sequence, capacity))
 
     _decorate(trtp, name, _SPLIT_INPUTS, 3, (describe, autotune, kernel))
 
 
-def _register_merge(trt: Any, trtp: Any, name: str, shape: AttentionShape, dtype: str, sm: int) -> None:
+def _register_merge(
+    trt: Any, trtp: Any, name: str, shape: AttentionShape, dtype: str, compiled: Mapping[MergeConfig, Compiled]
+) -> None:
+    configs = tuple(compiled)
     member, half = _TYPES[dtype]
-    compiled = cache(partial(compile_merge, shape, dtype, sm=sm))
 
     def describe(maxima: Any, sums: Any, contexts: Any, lengths: Any) -> Any:
         batch, heads, sequence, _, width = contexts.shape_expr
         return trtp.from_shape_expr((batch, sequence, heads * width), getattr(trt.DataType, member))
 
     def autotune(maxima: Any, sums: Any, contexts: Any, lengths: Any, outputs: Any) -> Any:
-        tactics = list(range(1, len(MERGE_CONFIGS) + 1))
+        tactics = list(range(1, len(configs) + 1))
         return [trtp.AutoTuneCombination(", ".join((*_PARTIALS, "INT32", half)), "LINEAR", tactics)]
 
     def kernel(maxima: Any, sums: Any, contexts: Any, lengths: Any, outputs: Any, tactic: int) -> Any:
-        config: MergeConfig = _chosen(MERGE_CONFIGS, tactic)
+        config: MergeConfig = _chosen(configs, tactic)
         batch, _, sequence, blocks = maxima.shape_expr
-        return _launch(trtp, compiled(config=config), (sequence * shape.heads, batch, 1), (sequence, blocks))
+        return _launch(trtp, compiled[config], (sequence * shape.heads, batch, 1), (sequence, blocks))
 
     _decorate(trtp, name, _MERGE_INPUTS, 1, (describe, autotune, kernel))
 

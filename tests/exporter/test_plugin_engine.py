@@ -39,6 +39,8 @@ def trt(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRTParser:
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", fake.plugin)
     monkeypatch.setattr("exporter.engine_options.local_capability", lambda: "8.9")
     monkeypatch.setattr("exporter.engine._build", lambda *_: b"plan")
+    for name in ("compile_split", "compile_merge"):  # tests/plugins/kernels compile them
+        monkeypatch.setattr(f"plugins.kernels.registration.{name}", lambda shape, dtype, config, sm: config)
     return fake
 
 
@@ -151,6 +153,18 @@ def test_fp32_and_a_width_without_kernels_are_refused(
     assert_tells(refusal(exact, OPTIONS), "float32 has no kernel", "float16, bfloat16", "--attention native")
     monkeypatch.delitem(sys.modules["plugins.kernels.shape"].SPLIT_CONFIGS, 64)
     assert_tells(refusal(bundle, OPTIONS), "head_dim 64 has no", "96, 128, 192", "--attention native")
+
+
+def test_a_triton_that_makes_other_kernels_is_refused(
+    trt: FakeTensorRTParser, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plugins.kernels.compile import UnexpectedPtx
+
+    def other(*_: Any) -> None:
+        raise UnexpectedPtx("expected 7 parameters and 2 more, found 8")
+
+    monkeypatch.setattr("plugins.kernels.registration.compile_merge", other)
+    assert_tells(refusal(bundle, OPTIONS), "Triton 3.", "found 8", "install 3.7.1", "--attention native")
 
 
 def test_a_plugin_that_reads_a_copy_of_the_cache_is_refused(

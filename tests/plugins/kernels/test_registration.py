@@ -45,7 +45,7 @@ def code_of(config: SplitConfig | MergeConfig) -> SimpleNamespace:
 def trtp(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRTPlugin:
     """The module, and kernels that are not compiled."""
     for name in ("compile_split", "compile_merge"):
-        monkeypatch.setattr(f"plugins.kernels.registration.{name}", lambda *_, config, sm: code_of(config))
+        monkeypatch.setattr(f"plugins.kernels.registration.{name}", lambda shape, dtype, config, sm: code_of(config))
     return FakeTensorRTPlugin()
 
 
