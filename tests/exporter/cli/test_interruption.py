@@ -56,12 +56,14 @@ def test_an_interruption_that_a_destructor_swallows_comes_back(number, raised):
         Dropped()
         time.sleep(10)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {which: signal.signal(which, handler) for which, handler in usual.items()}  # other tests may have theirs
     try:
         with pytest.raises(KeyboardInterrupt) as caught, interrupt_on_termination():
             work()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for which, handler in before.items():
+            signal.signal(which, handler)
     assert caught.type is raised
 
 
