@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,9 +95,10 @@ class Prompts:
 
     def __init__(self, bundle: Bundle, directory: Path) -> None:
         # A batch's padding is told by its token: what ends a text, or fills one up, is not among these.
-        named = (bundle.config.get(name) for name in ("bos_token_id", "pad_token_id"))
-        filling = bundle.generation_config.get("pad_token_id")
-        self._ids = np.setdiff1d(np.arange(bundle.vocab_size), [*_numbers(named, filling), *bundle.eos_token_ids])
+        config, generation = bundle.config, bundle.generation_config
+        named = (config.get("bos_token_id"), config.get("pad_token_id"), generation.get("pad_token_id"))
+        special = [token for token in named if isinstance(token, int)]
+        self._ids = np.setdiff1d(np.arange(bundle.vocab_size), [*special, *bundle.eos_token_ids])
         self._directory = directory
 
     def file(self, number: int, case: Case) -> Path:
@@ -106,10 +107,6 @@ class Prompts:
         random = np.random.default_rng((number, case.batch, case.prompt_tokens))
         random.choice(self._ids, (case.batch, case.prompt_tokens)).astype(np.int32).tofile(path)
         return path
-
-
-def _numbers(named: Iterable[object], filling: object) -> list[int]:
-    return [token for token in (*named, filling) if isinstance(token, int)]
 
 
 def measure(

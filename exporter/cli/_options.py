@@ -45,6 +45,11 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
     return None if value is None else parse_size(value)
 
 
+def takes_file(path: Path) -> bool:
+    """Whether a file could be written there: no directory itself, in one that is there."""
+    return not path.is_dir() and path.absolute().parent.is_dir()
+
+
 class TokenIds(click.ParamType[list[int]]):
     """Token ids separated by commas."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from exporter.cli._options import takes_file
 from exporter.cli._requirements import remedy_for
 from runtime.errors import UserError
 
@@ -24,7 +25,7 @@ def check_plot(path: Path) -> None:
         raise UserError(f"cannot plot to {path}; give a file that ends in {' or '.join(SUFFIXES)}")
     if path.is_dir():
         raise UserError(f"cannot plot to {path}, a directory; give a file in it")
-    if not path.absolute().parent.is_dir():
+    if not takes_file(path):
         raise UserError(f"cannot plot to {path}; give a file in a directory that is there")
     try:
         import matplotlib.figure  # noqa: F401

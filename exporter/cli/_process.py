@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
 import signal
 import sys
@@ -11,10 +12,14 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 _PACKAGES = ("exporter", "runtime", "plugins")
 _ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-
+_AGAIN = 0.05  # seconds until an interruption that was lost comes back
 
 _COLLECT_AFTER = 50_000  # new objects; Python's 700 costs an export's imports and trace a tenth of their time
 
@@ -25,7 +30,11 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def interrupt_on_termination() -> Iterator[None]:
-    """Within the body SIGTERM and SIGHUP raise `Terminated`, so that temporary directories are removed."""
+    """Within the body SIGTERM and SIGHUP raise `Terminated`, so that temporary directories are removed.
+
+    An interruption is not lost where Python drops exceptions, in a destructor or a weak reference's callback, of which
+    a trace runs thousands: it comes back a moment later.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -33,9 +42,11 @@ def interrupt_on_termination() -> Iterator[None]:
     taken = [ending for ending in _ENDINGS if signal.getsignal(ending) is signal.SIG_DFL]
     for ending in taken:
         signal.signal(ending, _terminate)
+    hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for ending in taken:
             signal.signal(ending, signal.SIG_DFL)
 
@@ -47,6 +58,17 @@ def collect_rarely() -> None:
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:
     raise Terminated
+
+
+def _interrupt_again(dropped: UnraisableHookArgs) -> None:
+    if not isinstance(dropped.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(dropped)
+        return
+    number = signal.SIGTERM if isinstance(dropped.exc_value, Terminated) else signal.SIGINT
+    # Later: raised here, it would be dropped again. Where nobody handles the signal by then, nothing happens.
+    timer = threading.Timer(_AGAIN, _thread.interrupt_main, (number,))
+    timer.daemon = True
+    timer.start()
 
 
 def shadowing(root: Path = Path(__file__).parents[2]) -> str | None:

@@ -115,6 +115,10 @@ def bench(
     cases = _cases(model, prompts, batches, new_tokens)
     with stages() as progress, _blaming_peers():
         report = run(model, cases, peers, new_tokens=new_tokens, rounds=rounds, threads=threads, progress=progress)
+    _tell(model, report, start_s, plot, as_json=as_json)
+
+
+def _tell(model: TextGenerator, report: Report, start_s: float | None, plot: Path | None, *, as_json: bool) -> None:
     if as_json:
         emit_json(_to_json(model, report, start_s))
     else:
@@ -124,7 +128,7 @@ def bench(
     if plot is not None:
         from exporter.cli._bench_plot import draw
 
-        draw(report, f"{bundle.resolve().name} on {model.device}", plot)
+        draw(report, f"{model.bundle.path.resolve().name} on {model.device}", plot)
         note(f"wrote {plot}")
 
 

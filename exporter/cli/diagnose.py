@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from exporter.cli._console import emit_json, note, print_table, stages, writing
-from exporter.cli._options import PATH, TokenIds, checked_text, checkpoint_argument, checkpoint_options, json_option
+from exporter.cli._options import (
+    PATH,
+    TokenIds,
+    checked_text,
+    checkpoint_argument,
+    checkpoint_options,
+    json_option,
+    takes_file,
+)
 
 if TYPE_CHECKING:
     from exporter.diagnose.difference import Difference
@@ -86,7 +94,7 @@ def _check_place(path: Path) -> None:
     """Refuse a page's destination before minutes of work."""
     from runtime.errors import UserError
 
-    if path.is_dir() or not path.parent.is_dir():
+    if not takes_file(path):
         what = "is a directory" if path.is_dir() else f"cannot be written, {path.parent} is not a directory"
         raise UserError(f"{path} {what}; give --html a file in a directory that exists")
 

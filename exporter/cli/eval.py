@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from exporter.cli._console import emit_json, note, print_table, stages, writing
-from exporter.cli._options import PATH, backend_options, checkpoint_options, json_option, reference_option
+from exporter.cli._options import PATH, backend_options, checkpoint_options, json_option, reference_option, takes_file
 
 if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
@@ -169,7 +169,7 @@ def _check_options(
     for name, value in (("--revision", revision), ("--adapter", adapter)):
         if value is not None and reference is None:
             raise click.UsageError(f"{name} is of the checkpoint; give that with --reference, or drop {name}")
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+    if output is not None and not takes_file(output):
         raise click.UsageError(f"cannot write to {output}; give a file in a directory that is there")
 
 

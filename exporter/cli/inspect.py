@@ -19,7 +19,7 @@ from exporter.cli._console import (
     print_table,
     size,
 )
-from exporter.cli._options import PATH, json_option
+from exporter.cli._options import PATH, json_option, takes_file
 
 if TYPE_CHECKING:
     from exporter.inspection.graph import GraphFacts
@@ -80,7 +80,7 @@ def _draw(bundle: Bundle, graph: GraphFacts | None, picture: Path) -> None:
         raise UserError(NEEDS_ONNX)
     if picture.suffix.lower() != ".svg":
         raise UserError(f"cannot draw to {picture}; give a file that ends in .svg")
-    if picture.is_dir() or not picture.absolute().parent.is_dir():
+    if not takes_file(picture):
         raise UserError(f"cannot draw to {picture}; give a file in a directory that is there")
     drawing = draw_layer(graph, bundle.path)
     picture.write_text(drawing, encoding="utf-8")

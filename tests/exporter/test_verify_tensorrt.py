@@ -11,7 +11,7 @@ import onnx
 import pytest
 import tensorrt_corruptions as bugs
 from checkpoints import write_checkpoint
-from corruptions import corrupt
+from corruptions import corrupt, passes_gate
 from safetensors.torch import load_file, save_file
 
 from exporter.checkpoint import Checkpoint
@@ -66,21 +66,13 @@ def test_a_right_export_in_16_bit_passes_with_room_and_its_golden_cases_hold(
     assert all(c.passed for c in replay(session.reopen(slots=3, capacity=result.golden.capacity), result.golden))
 
 
-def passes(bundle: Path, checkpoint: Path) -> bool:
-    """Whether the gate passes; a graph may be so wrong that onnxruntime itself refuses it."""
-    try:
-        return verify(bundle, checkpoint).passed
-    except CheckFailed:
-        return False
-
-
 @pytest.mark.parametrize("bug", bugs.ALL, ids=lambda bug: bug.__name__)
 def test_a_wrong_graph_fails_the_gate_in_fp32(
     bug: Callable[[onnx.ModelProto], None], tensorrt_bundle_of: Bundles, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(tensorrt_bundle_of("fp32"), tmp_path / "copy"))
     corrupt(copy, bug)
-    assert not passes(copy, tiny_checkpoint)
+    assert not passes_gate(copy, tiny_checkpoint)
 
 
 @pytest.mark.parametrize("bug", bugs.VISIBLE_IN_16_BIT, ids=lambda bug: bug.__name__)

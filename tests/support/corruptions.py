@@ -11,7 +11,18 @@ import onnx
 from onnx import numpy_helper
 
 from runtime.bundle import describe_files
+from runtime.errors import CheckFailed
 from runtime.manifest import Manifest
+
+
+def passes_gate(bundle: Path, checkpoint: Path) -> bool:
+    """Whether the gate passes; a graph may be so wrong that onnxruntime itself refuses it."""
+    from exporter.verify import verify  # with torch, which most who corrupt a bundle do not need
+
+    try:
+        return verify(bundle, checkpoint).passed
+    except CheckFailed:
+        return False
 
 
 def redescribe(directory: Path) -> None:

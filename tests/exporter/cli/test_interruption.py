@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from exporter.cli._process import Terminated, interrupt_on_termination
 
 ROOT = Path(__file__).parents[3]
 
@@ -41,6 +44,27 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", script, *map(str, arguments)]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False, env=environment)
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_an_interruption_that_a_destructor_swallows_comes_back(number, raised):
+    class Dropped:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def work():
+        Dropped()
+        time.sleep(10)
+
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {which: signal.signal(which, handler) for which, handler in usual.items()}  # other tests may have theirs
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught, interrupt_on_termination():
+            work()
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+    assert caught.type is raised
 
 
 @pytest.mark.slow

@@ -20,10 +20,8 @@ from exporter.checkpoint import Checkpoint
 from exporter.diagnose.report import Report
 from exporter.diagnose.run import diagnose
 from exporter.export import ExportOptions, export
-from exporter.verify import verify
 from exporter.verify_rows import prompts
 from runtime.bundle import Bundle
-from runtime.errors import CheckFailed
 
 Bundles = Callable[[str], Path]
 
@@ -42,17 +40,10 @@ def check(report: Report, bug: Bug) -> None:
     assert first.proof.before > 100
 
 
-def passes_gate(bundle: Path, checkpoint: Path) -> bool:
-    try:
-        return verify(bundle, checkpoint).passed
-    except CheckFailed:
-        return False
-
-
 @pytest.mark.parametrize("bug", seeded_bugs.ALL, ids=lambda bug: bug.name)
 def test_the_layer_and_the_bug_are_named(bug: Bug, tiny_bundle_copy: Path, tiny_checkpoint: Path) -> None:
     corruptions.corrupt(tiny_bundle_copy, bug.corrupt)
-    assert not passes_gate(tiny_bundle_copy, tiny_checkpoint)
+    assert not corruptions.passes_gate(tiny_bundle_copy, tiny_checkpoint)
     check(diagnosed(tiny_bundle_copy, tiny_checkpoint), bug)
 
 
@@ -63,7 +54,7 @@ def test_so_they_are_in_graphs_for_tensorrt(
 ) -> None:
     copy = Path(shutil.copytree(tensorrt_bundle_of("fp32"), tmp_path / "copy"))
     corruptions.corrupt(copy, bug.corrupt)
-    assert not passes_gate(copy, tiny_checkpoint)
+    assert not corruptions.passes_gate(copy, tiny_checkpoint)
     check(diagnosed(copy, tiny_checkpoint), bug)
 
 
