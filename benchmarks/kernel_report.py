@@ -36,7 +36,7 @@ from plugins.kernels.shape import (
 RESULTS = Path(__file__).parent / "results"
 FACTOR = 0.5  # of the rotation, in every model of this architecture
 _OF_NOBODY = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 96}
-MODELS = {name: PRESETS[name] for name in ("242m", "minitron-4b", "nemotron-3-8b", "nemotron-4-340b")}
+MODELS = dict(PRESETS)
 MODELS["96 wide"] = _OF_NOBODY
 
 

@@ -204,7 +204,7 @@ def timed(batch: int, capacity: int, dtype: str, flushed: Any) -> Iterator[dict[
             _, work = run(step, inputs, *pair, "cuda")
             found[pair] = milliseconds(work, flushed)
         fastest = min(found, key=lambda pair: found[pair])
-        cut = keys[:, :, :length], values[:, :, :length]
+        cut = keys[:, :, :length].contiguous(), values[:, :, :length].contiguous()
         query = torch.randn(batch, shape.heads, 1, shape.head_dim, dtype=keys.dtype, device="cuda")
 
         def torch_attends(query: Any = query, cut: tuple[Any, Any] = cut) -> Any:

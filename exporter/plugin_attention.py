@@ -119,7 +119,7 @@ def use_split_attention(model: Any, bundle: Bundle, marks: Marks = lambda *_: {}
     Raises:
         UserError: an attention is of another form, or there is not one in each layer.
     """
-    rewrite = _import("plugins.split_rewrite", "the attention kernels")
+    rewrite = _import("plugins.split_lowering", "the attention kernels")
     if not bundle.has_cache or bundle.manifest.target != "tensorrt":
         raise UserError(f"{bundle.path} has no cache for TensorRT, which the kernels read; {NATIVE_INSTEAD}")
     inputs = {value.name: value for value in model.graph.inputs}

@@ -71,7 +71,7 @@ def replace(graph: ir.Graph, node: ir.Node, build: Nodes, outputs: list[ir.Value
 
 def _cached(build: Nodes, node: ir.Node, positions: ir.Value, lengths: ir.Value) -> list[ir.Value]:
     query, key, value, cos, sin, past_key, past_value, write_indices, *given = node.inputs
-    heads = Heads(build, node, (cos, sin, given[0] if given else positions))
+    heads = _Heads(build, node, (cos, sin, given[0] if given else positions))
 
     def write(cache: ir.Value | None, x: ir.Value) -> ir.Value:
         return build("TensorScatter", cache, x, write_indices, axis=-2, mode="linear")
@@ -89,7 +89,7 @@ def _cached(build: Nodes, node: ir.Node, positions: ir.Value, lengths: ir.Value)
 
 def _masked(build: Nodes, node: ir.Node, visible: ir.Value) -> list[ir.Value]:
     query, key, value, cos, sin, positions, _ = node.inputs
-    heads = Heads(build, node, (cos, sin, positions))
+    heads = _Heads(build, node, (cos, sin, positions))
     inputs = (heads.rotated(query, "heads"), heads.rotated(key, "kv_heads"), heads.split(value, "kv_heads"), visible)
     scale, weights = node.attributes.get_float("scale"), node.outputs[1]
     if weights.uses() or weights.is_graph_output():
@@ -109,7 +109,7 @@ def _visible(build: Nodes, attention_mask: ir.Value) -> ir.Value:
     return build("And", build("LessOrEqual", keys, queries), build("Or", real, build("Equal", keys, queries)))
 
 
-class Heads:
+class _Heads:
     """Splits, rotates and merges the heads of one fused node."""
 
     def __init__(self, build: Nodes, node: ir.Node, rotation: tuple[ir.Value | None, ...]) -> None:

@@ -16,5 +16,5 @@ everything else that a kernel must know is compiled in. What `tensorrt.plugin` i
 | tactics | `SPLIT_CONFIGS[head_dim]` | `MERGE_CONFIGS` |
 
 Symbolic integers have +, -, *, //, and `tensorrt.plugin`'s cdiv, max and min: what `blocks_of` and the grids need.
-`registration` gives them; `plugins.split_rewrite` puts the ops into the graph that an engine is built of.
+`registration` gives them; `plugins.split_lowering` puts the ops into the graph that an engine is built of.
 """

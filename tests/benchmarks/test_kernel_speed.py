@@ -13,17 +13,19 @@ import pytest
 from benchmarks import kernel_speed
 from benchmarks.kernel_report import failures
 from benchmarks.kernel_report import table as kernel_table
-from benchmarks.kernel_speed_report import draw, figures, share, table
+from benchmarks.kernel_speed_report import draw, figures, table
 
 ROOT = Path(__file__).parents[2]
 
 
-def report(short: float = 0.01, full: float = 1.0) -> dict[str, Any]:
-    """Of a GPU that copies a GB in a millisecond; times in milliseconds at 512 and 131 072 keys."""
-    rows = [
-        {"batch": 1, "length": length, "milliseconds": time, "torch_milliseconds": 1.0, "bytes": size, "config": ""}
-        for length, time, size in ((512, short, 10**6), (131_072, full, 8 * 10**8))
-    ]
+def report(slower: float = 1.0, floor: float = 0.0, torch: float = 1.1) -> dict[str, Any]:
+    """Of a GPU that copies a GB in a millisecond, at 80 % of that by length; torch takes so much of our time."""
+    rows = []
+    for length in (512, 16_384, 131_072):
+        size = length * 4096
+        ours = max(slower * size / 8e8, floor)
+        times = {"milliseconds": ours, "torch_milliseconds": torch * ours}
+        rows.append({"batch": 1, "length": length, "bytes": size, "config": "", **times})
     made = {"gpu": "a GPU", "model": "m", "dtype": "float16", "capacity": 131_072, "copy_bytes_per_s": 1e12}
     return made | {"rows": rows}
 
@@ -38,18 +40,28 @@ def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str], tmp_
 
 def test_figures_say_what_was_reached_and_what_was_missed(tmp_path: Path) -> None:
     good = report()
-    assert share(good, good["rows"][1]) == pytest.approx(0.8)
     good["figures"] = figures(good)
-    assert [figure["met"] for figure in good["figures"]] == [True, True, True]
-    follows_capacity = figures(report(short=1.0))
-    assert [figure["met"] for figure in follows_capacity] == [True, True, False]
-    slow = report(full=2.0)
+    assert [figure["value"] for figure in good["figures"]] == pytest.approx([1.1, 0.8, 1.0, 512 / 131_072])
+    assert all(figure["met"] for figure in good["figures"])
+
+    def met(**changes: float) -> list[bool]:
+        return [figure["met"] for figure in figures(report(**changes))]
+
+    assert met(torch=0.99) == [False, True, True, True]
+    assert met(slower=1.2) == [True, False, True, True]
+    assert met(floor=0.12) == [True, False, False, False]  # as where time follows the capacity
+    slow = report(slower=1.2)
     slow["figures"] = figures(slow)
-    assert [figure["met"] for figure in slow["figures"]] == [False, False, True]
-    assert "MISSED  batch 1, share of copy bandwidth at 131072 ≥ 0.7: 0.40" in table(slow)
-    assert "    1   131072    1000.0      80%    1000.0      1.00" in table(good)
+    assert "MISSED  batch 1, least share of copy bandwidth from 16384 on ≥ 0.7: 0.67" in table(slow)
+    assert "    1   131072     671.1      80%     738.2      1.10" in table(good)
     draw(good, tmp_path / "picture.svg")
     assert "torch, batch 1" in (tmp_path / "picture.svg").read_text()
+
+
+def test_a_smaller_cache_is_held_to_what_it_can_show() -> None:
+    small = report()
+    del small["rows"][1:]
+    assert [figure["figure"] for figure in figures(small)] == ["batch 1, least speed, of torch's ≥ 1.0"]
 
 
 def test_what_spills_or_wants_too_much_shared_memory_is_told() -> None:

@@ -7,18 +7,18 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from plugins.onnxruntime import CannotLower
 from plugins.ops import BODY_OPSET, DOMAIN, PARTIAL_ROPE_ATTENTION
 from plugins.reference import partial_rope_attention
 from plugins.split_attention import merge_attention_function, split_attention_function
-from plugins.split_lowering import lower_to_split_attention
+from plugins.split_lowering import find_attentions, put_split_attention
+from plugins.standard import lower_to_standard_attention
 
 HEADS, KV_HEADS, WIDTH, ROTARY, CAPACITY = 4, 2, 32, 16, 150
 OUTPUTS = ("context", "present_key", "present_value")
 
 
-def fused_model(extra: int = 0) -> ir.Model:
-    """One fused op, with `input_ids` beside its inputs; `extra` inputs more, as for positions."""
+def fused_model() -> ir.Model:
+    """One fused op, with `input_ids` beside its inputs."""
     cache = ["batch", KV_HEADS, "capacity", WIDTH]
     query, projected = (["batch", "sequence", heads * WIDTH] for heads in (HEADS, KV_HEADS))
     table = [CAPACITY, ROTARY // 2]
@@ -36,7 +36,7 @@ def fused_model(extra: int = 0) -> ir.Model:
     input_ids = ir.val("input_ids", dtype=ir.DataType.INT64, shape=["batch", "sequence"])
     node = ir.node(
         PARTIAL_ROPE_ATTENTION,
-        [*floats, write_indices, *[input_ids] * extra],
+        [*floats, write_indices],
         {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": WIDTH, "rotary_dim": ROTARY, "scale": WIDTH**-0.5},
         domain=DOMAIN,
         num_outputs=3,
@@ -67,7 +67,9 @@ def test_the_lowered_graph_gives_what_the_fused_op_means(starts: list[int], sequ
 
     model = fused_model()
     *_, write_indices, input_ids = model.graph.inputs
-    assert lower_to_split_attention(model.graph, input_ids, write_indices) == 1
+    assert lower_to_standard_attention(model.graph, input_ids, write_indices) == 1
+    found = find_attentions(model.graph, input_ids, write_indices)
+    put_split_attention(model.graph, found)
     operators = [node.op_type for node in model.graph]
     assert [operators.count(name) for name in ("RotaryEmbedding", "TensorScatter", "Attention")] == [1, 2, 0]
     options = onnxruntime.SessionOptions()
@@ -77,10 +79,3 @@ def test_the_lowered_graph_gives_what_the_fused_op_means(starts: list[int], sequ
     given = [*values, indices, np.zeros((batch, sequence), np.int64)]
     for ours, theirs in zip(session.run(list(OUTPUTS), dict(zip(names, given, strict=True))), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
-
-
-def test_positions_that_are_given_are_refused() -> None:
-    model = fused_model(extra=1)
-    *_, write_indices, input_ids = model.graph.inputs
-    with pytest.raises(CannotLower, match="position_ids are given"):
-        lower_to_split_attention(model.graph, input_ids, write_indices)
