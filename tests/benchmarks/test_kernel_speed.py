@@ -93,6 +93,7 @@ print(len(kernel_speed.wrong([step], "cpu")))
 """
 
 
+@pytest.mark.slow
 def test_its_comparison_accepts_the_kernels_and_finds_a_scale_that_is_off() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(

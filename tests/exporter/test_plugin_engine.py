@@ -20,6 +20,7 @@ from refusals import assert_tells, snapshot
 from benchmarks.gpu_check import with_kernels
 from exporter.engine import build
 from exporter.engine_options import BuildOptions
+from plugins.kernels.shape import SPLIT_CONFIGS
 from plugins.tensorrt_network import PLUGIN_ASSUMPTIONS
 from runtime.errors import UserError
 from runtime.manifest import Engine, Manifest
@@ -151,7 +152,8 @@ def test_fp32_and_a_width_without_kernels_are_refused(
 ) -> None:
     exact = Path(shutil.copytree(tensorrt_bundle_of("fp32"), tmp_path / "fp32"))
     assert_tells(refusal(exact, OPTIONS), "float32 has no kernel", "float16, bfloat16", "--attention native")
-    monkeypatch.delitem(sys.modules["plugins.kernels.shape"].SPLIT_CONFIGS, 64)
+    without = {width: configs for width, configs in SPLIT_CONFIGS.items() if width != 64}
+    monkeypatch.setattr("plugins.kernels.shape.SPLIT_CONFIGS", without)
     assert_tells(refusal(bundle, OPTIONS), "head_dim 64 has no", "96, 128, 192", "--attention native")
 
 

@@ -88,7 +88,9 @@ def test_what_is_not_finite_is_named() -> None:
     assert program.run(feeds).non_finite == ["contexts", "context"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "precision", ["fp16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp32", "bf16"))]
+)
 def test_the_trained_checkpoint_passes_the_gate_with_the_kernels_ops(
     precision: str, tensorrt_bundle_of: Bundles, tiny_checkpoint: Path
 ) -> None:
@@ -101,6 +103,7 @@ def test_the_trained_checkpoint_passes_the_gate_with_the_kernels_ops(
     assert all(comparison.passed for comparison in replay(session, result.golden))
 
 
+@pytest.mark.slow
 def test_the_gate_layer_by_layer_has_the_kernels_ops_too(tensorrt_bundle: Path, tiny_checkpoint: Path) -> None:
     bundle, checkpoint = Bundle.open(tensorrt_bundle), Checkpoint.open(tiny_checkpoint)
     parity = gate(bundle, checkpoint, attention="plugin", layered=True).parity
