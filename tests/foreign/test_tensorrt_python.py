@@ -78,7 +78,8 @@ def test_the_parser_finds_a_plugin_for_each_op_and_gives_it_no_attribute_of_the_
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_outputs_are_what_the_ops_say(asked: dict[str, Any], profile: str) -> None:
-    shape, parts, context = shape_of(asked), one(asked, "SplitAttention", profile), one(asked, "MergeAttention", profile)
+    shape = shape_of(asked)
+    parts, context = (one(asked, f"{op}Attention", profile) for op in ("Split", "Merge"))
     assert parts["dtypes"] == ["FLOAT"] * 3
     assert context["dtypes"] == [asked["member"]]
     for step, partials, merged in zip(steps_of(profile), parts["shapes"], context["shapes"], strict=True):
@@ -106,14 +107,14 @@ def test_tensorrt_times_every_block_size_and_small_ones_alone_for_a_token(asked:
 def test_every_block_size_is_launched_as_the_kernel_needs_it(asked: dict[str, Any], profile: str) -> None:
     from plugins.kernels.compile import compile_merge, compile_split
 
-    shape, dtype = shape_of(asked), asked["dtype"]
+    shape, dtype, steps = shape_of(asked), asked["dtype"], steps_of(profile)
     for tactic, found in one(asked, "SplitAttention", profile)["launches"].items():
         config = SPLIT_CONFIGS[shape.head_dim][int(tactic) - 1]
-        steps = steps_of(profile)
-        check_launch(found, compile_split(shape, dtype, config, 89), [shape.split_grid(*step, config) for step in steps])
+        grids = [shape.split_grid(*step, config) for step in steps]
+        check_launch(found, compile_split(shape, dtype, config, 89), grids)
         assert found["extra"] == [[sequence, capacity] for _, sequence, capacity in steps]
     for tactic, found in one(asked, "MergeAttention", profile)["launches"].items():
-        merging, steps = MERGE_CONFIGS[int(tactic) - 1], steps_of(profile)
+        merging = MERGE_CONFIGS[int(tactic) - 1]
         grids = [shape.merge_grid(batch, sequence) for batch, sequence, _ in steps]
         check_launch(found, compile_merge(shape, dtype, merging, 89), grids)
         assert found["extra"] == [[sequence, blocks_of(sequence, capacity)] for _, sequence, capacity in steps]
@@ -126,9 +127,7 @@ def check_launch(found: dict[str, Any], kernel: Any, grids: list[tuple[int, int,
     assert [{name: sizes[i] for name, sizes in found["params"].items()} for i in range(len(grids))] == expected
 
 
-@pytest.mark.parametrize(
-    ("op", "inputs", "outputs"), [("SplitAttention", 6, 3), ("MergeAttention", 4, 1)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("op", "inputs", "outputs"), [("SplitAttention", 6, 3), ("MergeAttention", 4, 1)], ids=str)
 def test_a_kernel_takes_inputs_then_extra_arguments_then_outputs(
     asked: dict[str, Any], op: str, inputs: int, outputs: int
 ) -> None:

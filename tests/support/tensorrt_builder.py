@@ -2,15 +2,15 @@
 
     python tensorrt_builder.py PACKAGES STUBS QUESTION ANSWER
 
-PACKAGES has `tensorrt_bindings`, STUBS the libraries that it links against. QUESTION is a JSON object: `bundle`,
-`capability`, `dtype` ("HALF"), `capacity`, `profiles` (by name: batch, sequence and capacity as least, best and most,
-or one number where the network fixes it), `steps` (a list of batch, sequence, capacity). The answer is JSON in the file
-ANSWER: TensorRT's logger has stdout.
+PACKAGES has `tensorrt_bindings`, STUBS the libraries that it links against and the package `tensorrt`. QUESTION is a
+JSON object: `bundle`, `capability`, `dtype` ("HALF"), `profiles` (by name: batch, sequence and capacity, each as least,
+best and most, or as one number where the network fixes it), `steps` (a list of batch, sequence, capacity). The answer
+is a JSON object in the file ANSWER.
 
-The plugins, their creators and everything that they are given and give back are NVIDIA's, as far as Python can construct
-it. What it cannot is here: the registry, the builder of expressions over dimensions and the expressions, and the two
-objects that a launch is written into. The order is that of NvInferPluginBase.h and NvInferRuntime.h, and of
-`importPluginCreator`, `loadFields` and `createPlugin` in onnx/onnx-tensorrt.
+The plugins, their creators and what they are given and give back are NVIDIA's, as far as Python can construct it. What
+it cannot is here: the registry, the builder of expressions over dimensions and the expressions, and the two objects
+that a launch is written into. The order is that of NvInferPythonPlugin.h (NVIDIA/TensorRT), and of
+`importPluginCreator`, `loadFields` and `createPlugin` (onnx/onnx-tensorrt).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import numpy as np
 import onnx
 
 PACKAGES, STUBS, QUESTION = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-sys.path[:0] = [str(Path(__file__).parents[2])]
-sys.path.append(PACKAGES)
+STEPS = [dict(zip(("batch", "sequence", "capacity"), step, strict=True)) for step in QUESTION["steps"]]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(STUBS), PACKAGES]
 for library in STUBS.glob("*.so.11"):
     ctypes.CDLL(str(library))  # the loader takes what is loaded under the name that is asked for
 bindings = import_module("tensorrt_bindings")
@@ -61,20 +61,10 @@ class ISymExpr(bindings.ISymExpr):
         self.__dict__.setdefault("written", {})[name] = value
 
 
-def _front() -> Any:
-    """The packages `tensorrt` and `tensorrt.plugin`, which name what is in the bindings."""
-    trt, trtp = ModuleType("tensorrt"), ModuleType("tensorrt.plugin")
-    trt.__dict__.update({name: value for name, value in vars(bindings).items() if not name.startswith("_")})
-    trt.__version__ = bindings.__version__  # type: ignore[attr-defined]
-    trt.__dict__.update(DimsExprs=DimsExprs, ISymExpr=ISymExpr)
-    sys.modules |= {"tensorrt": trt, "tensorrt.plugin": trtp}
-    plugin = import_module("tensorrt_bindings.plugin")
-    trtp.__dict__.update({name: getattr(plugin, name) for name in plugin.__all__})
-    return trt
-
-
-trt = _front()
+trt = import_module("tensorrt")
+trt.DimsExprs, trt.ISymExpr = DimsExprs, ISymExpr
 POSITIONS = 4096
+MARKS = ("plugin_namespace", "plugin_version", "aot")  # what the parser reads of a node
 OPERATIONS = {
     "SUM": operator.add, "SUB": operator.sub, "PROD": operator.mul, "MAX": max, "MIN": min,
     "FLOOR_DIV": operator.floordiv, "CEIL_DIV": lambda first, second: -(-first // second),
@@ -175,9 +165,7 @@ def size_of(value: ISymExpr, sizes: dict[str, int]) -> int:
     """A number that a kernel is launched with; TensorRT is told that it is an integer of 32 bit."""
     written = value.written
     assert (written["type"], written["dtype"]) == (trt.PluginArgType.INT, trt.PluginArgDataType.INT32)
-    found = written["expr"].at(sizes)
-    assert type(found) is int
-    return int(found)
+    return int(written["expr"].at(sizes))
 
 
 def created(registry: Registry, node: Any, attributes: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -185,22 +173,21 @@ def created(registry: Registry, node: Any, attributes: dict[str, Any]) -> tuple[
     namespace = attributes["plugin_namespace"].decode()
     creator = registry.get_creator(node.op_type, attributes["plugin_version"].decode(), namespace)
     declared = [field.name for field in creator.field_names]
-    assert not declared, "the parser would take these out of the node's attributes"
-    request = trt.QuickPluginCreationRequest.STRICT_AOT if attributes["aot"] else None
+    request = getattr(trt.QuickPluginCreationRequest, "STRICT_AOT" if attributes["aot"] else "STRICT_JIT")
     none, build = trt.PluginFieldCollection([]), trt.TensorRTPhase.BUILD
     plugin = creator.create_plugin(node.op_type, namespace, none, build, request)
     for kind in ("CORE", "BUILD"):
         assert plugin.get_capability_interface(getattr(trt.PluginCapabilityType, kind)) is plugin
-    assert isinstance(plugin, trt.IPluginV3)
-    assert isinstance(plugin, trt.IPluginV3QuickCore)
-    assert isinstance(plugin, trt.IPluginV3QuickAOTBuild)
+    kinds = (trt.IPluginV3, trt.IPluginV3QuickCore, trt.IPluginV3QuickAOTBuild)
+    assert all(isinstance(plugin, kind) for kind in kinds)
     assert (plugin.plugin_name, plugin.plugin_namespace, plugin.plugin_version) == (node.op_type, namespace, "1")
     return plugin, {"declared": declared, "unknown": unknown(creator, node.op_type, namespace, request)}
 
 
 def unknown(creator: Any, name: str, namespace: str, request: Any) -> str:
     """What the creator says of a field that the plugin does not declare."""
-    fields = trt.PluginFieldCollection([trt.PluginField("heads", b"\4\0\0\0", trt.PluginFieldType.INT32)])
+    heads = np.array([4], np.int32)
+    fields = trt.PluginFieldCollection([trt.PluginField("heads", heads, trt.PluginFieldType.INT32)])
     try:
         creator.create_plugin(name, namespace, fields, trt.TensorRTPhase.BUILD, request)
     except AssertionError as error:
@@ -246,9 +233,8 @@ def launched(plugin: Any, tactic: int, inputs: list[Tensor], descs: list[Any]) -
         plugin.get_launch_params([each.dims for each in inputs], descs, count, params, extra, builder)
     name, code = plugin.get_kernel([each.desc for each in descs[:count]], [each.desc for each in descs[count:]])
     assert type(code) is bytes
-    steps = [dict(zip(("batch", "sequence", "capacity"), step, strict=True)) for step in QUESTION["steps"]]
-    numbers = {key: [size_of(value, sizes) for sizes in steps] for key, value in vars(params).items()}
-    extras = [[size_of(value, sizes) for value in extra.read()] for sizes in steps]
+    numbers = {key: [size_of(value, sizes) for sizes in STEPS] for key, value in vars(params).items()}
+    extras = [[size_of(value, sizes) for value in extra.read()] for sizes in STEPS]
     return {"name": name, "code": code.decode(), "params": numbers, "extra": extras}
 
 
@@ -271,10 +257,8 @@ def network_of(attributes: dict[str, Any], sizes: dict[str, int | list[int]]) ->
 
 def layers(registry: Registry, nodes: list[Any], sizes: dict[str, int | list[int]]) -> list[dict[str, Any]]:
     """What TensorRT has of each plugin's node, for one profile."""
-    profile = [
-        {name: size[which] if isinstance(size, list) else size for name, size in sizes.items()} for which in range(3)
-    ]
-    steps = [dict(zip(("batch", "sequence", "capacity"), step, strict=True)) for step in QUESTION["steps"]]
+    ranges = {name: size if isinstance(size, list) else [size] * 3 for name, size in sizes.items()}
+    profile = [{name: each[which] for name, each in ranges.items()} for which in range(3)]
     tensors: dict[str, Tensor] = {}
     made = []
     for node in nodes:
@@ -285,13 +269,12 @@ def layers(registry: Registry, nodes: list[Any], sizes: dict[str, int | list[int
         inputs = [tensors[name] for name in node.input]
         outputs = inferred(plugin, inputs)
         tensors |= dict(zip(node.output, outputs, strict=True))
-        marks = ("plugin_namespace", "plugin_version", "aot")
         made.append(
             {
                 "op": node.op_type,
-                "attributes": {name: value for name, value in attributes.items() if name not in marks},
+                "attributes": {name: value for name, value in attributes.items() if name not in MARKS},
                 "dtypes": [each.dtype.name for each in outputs],
-                "shapes": [[[dim.at(step) for dim in each.dims] for each in outputs] for step in steps],
+                "shapes": [[[dim.at(step) for dim in each.dims] for each in outputs] for step in STEPS],
                 **seen,
                 **timed(plugin, inputs, outputs, profile),
             }
@@ -301,10 +284,9 @@ def layers(registry: Registry, nodes: list[Any], sizes: dict[str, int | list[int
 
 def main() -> None:
     registry = Registry()
-    trt.get_plugin_registry = lambda: registry  # type: ignore[attr-defined]
+    trt.get_plugin_registry = lambda: registry
     bundle = Bundle.open(Path(QUESTION["bundle"]))
-    options = BuildOptions("tensorrt", attention="plugin")
-    kernels = KernelPlugins(trt, options, QUESTION["capability"])
+    kernels = KernelPlugins(trt, BuildOptions("tensorrt", attention="plugin"), QUESTION["capability"])
     model = onnx.load(bundle.file("model.onnx"), load_external_data=False)
     nodes = [node for node in kernels.rewritten(model, bundle).graph.node if node.domain]
     answer = {name: layers(registry, nodes, sizes) for name, sizes in QUESTION["profiles"].items()}

@@ -30,16 +30,28 @@ def ask_plugins(version: str, question: dict[str, Any], place: Path) -> dict[str
     Args:
         version: of TensorRT 11.
         question: see there.
-        place: an empty directory, for the stubs and the answer.
+        place: an empty directory, for stubs and the answer.
     """
     bin_ = environment(f"tensorrt-{version}", [f"tensorrt-cu13-bindings=={version}"], constraints=None)
     (packages,) = bin_.parent.glob("lib/python*/site-packages")
+    _front(place)
     _stubs(place)
     script = ROOT / "tests" / "support" / "tensorrt_builder.py"
     answer = place / "answer.json"
-    run([sys.executable, script, packages, place, json.dumps(question), answer], timeout=300)
+    said = run([sys.executable, script, packages, place, json.dumps(question), answer], timeout=300)
+    assert said == "", "stdout is for a command's result"
     told: dict[str, Any] = json.loads(answer.read_text())
     return told
+
+
+def _front(place: Path) -> None:
+    """TensorRT's packages `tensorrt` and `tensorrt.plugin`, which name what is in its bindings."""
+    for package, names in (("tensorrt", "*, __version__"), ("tensorrt.plugin", "*")):
+        directory = place / package.replace(".", "/")
+        directory.mkdir()
+        source = "tensorrt_bindings" + package.removeprefix("tensorrt")
+        lines = [f"from {source} import {name}\n" for name in names.split(", ")]
+        (directory / "__init__.py").write_text("".join(lines))
 
 
 def _stubs(place: Path) -> None:
