@@ -114,7 +114,8 @@ def _check_plugin(options: BuildOptions) -> None:
     """Refuse what an engine with the kernels cannot be."""
     if options.flavor != "tensorrt":
         raise UserError(
-            f"flavor {options.flavor} has no plugins, which --attention plugin builds in; build with --attention native"
+            f"flavor {options.flavor} takes no plugins that are compiled ahead of time, as those of --attention plugin "
+            "are; build with --attention native"
         )
     refused = {
         "--hardware-compatibility": options.hardware_compatibility,

@@ -6,7 +6,9 @@ and not where it runs: the kernels are in the engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -63,7 +65,8 @@ class KernelPlugins:
         self._trt, self._sm = trt, _target(capability)
         self._registration = _import("plugins.kernels.registration", "the attention kernels")
         try:
-            self._trtp = import_module(f"{trt.__name__}.plugin")
+            with _stdout_on_stderr():
+                self._trtp = import_module(f"{trt.__name__}.plugin")
         except ImportError as error:
             raise UserError(
                 f"{options.flavor} {trt.__version__} has no {trt.__name__}.plugin ({error}), through which the "
@@ -135,6 +138,21 @@ def use_split_attention(model: Any, bundle: Bundle, marks: Marks = lambda *_: {}
             f"and the kernels are for one in each layer, all alike; {NATIVE_INSTEAD}"
         )
     rewrite.put_split_attention(model.graph, found, marks(found[0].attributes, found[0].dtype.numpy().name))
+
+
+@contextmanager
+def _stdout_on_stderr() -> Iterator[None]:
+    """What C++ prints goes to stderr: TensorRT's module of plugins warns on stdout, which is for a command's result."""
+    kept = None
+    with suppress(OSError):  # one of them is closed
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def _target(capability: str) -> int:

@@ -4,7 +4,8 @@ TensorRT calls what is registered here while it builds, and only then: it asks f
 block sizes to time, and for the PTX, the grid and the extra arguments of each, which stay in the engine.
 
 Plugins of one attention shape are a namespace of their own, and have no attributes: what a graph's attributes say is
-known here, and `tensorrt.plugin` turns a number back from an array of one element, which NumPy has refused since 2.4.
+known here, TensorRT's parser gives a plugin only what it declares, and `tensorrt.plugin` of TensorRT 11.0 turns an
+array of one element into a number, which NumPy has refused since 2.4.
 """
 
 from __future__ import annotations
@@ -125,13 +126,9 @@ def _heads(query: Any, key_cache: Any) -> Any:
 
 
 def _blocks(trtp: Any, query: Any, key_cache: Any) -> Any:
-    """`plugins.split_attention.blocks_of`, of symbols.
-
-    A dimension stands at the left of every operation: outside shape inference it is a fake, which answers with another,
-    and a constant at the left would be asked of an expression builder that is gone.
-    """
+    """`plugins.split_attention.blocks_of`, of symbols."""
     sequence, capacity = query.shape_expr[1], key_cache.shape_expr[2]
-    for_sequence = (sequence * 0 + MOST_BLOCKS) // sequence
+    for_sequence = trtp.ShapeExpr(MOST_BLOCKS) // sequence
     return trtp.max(trtp.min(trtp.cdiv(capacity, GRANULE), for_sequence), 1)
 
 

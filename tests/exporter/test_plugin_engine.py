@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import onnx
@@ -20,6 +21,7 @@ from refusals import assert_tells, snapshot
 from benchmarks.gpu_check import with_kernels
 from exporter.engine import build
 from exporter.engine_options import BuildOptions
+from exporter.plugin_attention import KernelPlugins
 from plugins.kernels.shape import SPLIT_CONFIGS
 from plugins.tensorrt_network import PLUGIN_ASSUMPTIONS
 from runtime.errors import UserError
@@ -93,7 +95,7 @@ def test_a_manifest_from_before_has_native_engines() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"flavor": "tensorrt-rtx"}, ["tensorrt-rtx has no plugins", "--attention native"]),
+        ({"flavor": "tensorrt-rtx"}, ["tensorrt-rtx takes no plugins that are compiled ahead", "--attention native"]),
         ({"attention": "fused"}, ["'fused'", "native, plugin"]),
         ({"causality": "mask"}, ["--causality mask", "--attention plugin"]),
         ({"hardware_compatibility": "ampere-plus"}, ["--hardware-compatibility", "--attention plugin"]),
@@ -125,6 +127,20 @@ def test_a_tensorrt_without_its_plugin_module_is_refused(
     old.register = old.autotune = lambda name: None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", old)
     assert_tells(refusal(bundle, OPTIONS), "has no aot_impl", "--attention native")
+
+
+def test_what_tensorrts_plugin_module_prints_stays_out_of_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """NVIDIA's warns from C++, on stdout, where `build --json` prints one object."""
+    loud = tmp_path / "loud_tensorrt"
+    loud.mkdir()
+    (loud / "__init__.py").touch()
+    (loud / "plugin.py").write_text("import os\nos.write(1, b'experimental')\nregister = autotune = aot_impl = None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    KernelPlugins(SimpleNamespace(__name__=loud.name), OPTIONS, "8.9")
+    os.write(1, b"the result")
+    assert capfd.readouterr() == ("the result", "experimental")
 
 
 @pytest.mark.parametrize("name", ["triton", "onnx_ir"])

@@ -1,4 +1,4 @@
-"""Symbolic dimensions of `tensorrt.plugin`: fakes outside shape inference, whose builder is gone when it ends."""
+"""Symbolic dimensions of `tensorrt.plugin`: fakes outside shape inference, which has a builder of expressions."""
 
 from __future__ import annotations
 
@@ -18,24 +18,19 @@ class DimensionExpr:
 
 
 class ExprBuilder:
-    """IExprBuilder, of use until inference ends."""
-
-    def __init__(self) -> None:
-        self.gone = False
+    """IExprBuilder."""
 
     def constant(self, value: int) -> DimensionExpr:
-        assert not self.gone, "an expression builder that is gone was asked for a constant"
         return DimensionExpr(lambda _: value)
 
     def operation(self, function: Callable[[int, int], int], left: Any, right: Any) -> DimensionExpr:
-        assert not self.gone, "an expression builder that is gone was asked for an operation"
         if not (isinstance(left, DimensionExpr) and isinstance(right, DimensionExpr)):
             raise TypeError("operation(): incompatible function arguments")
         return DimensionExpr(lambda sizes: function(left.at(sizes), right.at(sizes)))
 
 
 class SymInt32:
-    builder: ClassVar[ExprBuilder | None] = None  # stays the last one's, as NVIDIA's does
+    builder: ClassVar[ExprBuilder | None] = None  # of the inference that is going on
 
     def __init__(self, value: Any = None) -> None:
         self.expr: DimensionExpr | None = None
@@ -49,7 +44,7 @@ class SymInt32:
     def op(self, function: Callable[[int, int], int], other: Any) -> SymInt32:
         if not isinstance(other, int | SymInt32):
             raise TypeError(f"{other!r} is no symbol")
-        assert SymInt32.builder is not None
+        assert SymInt32.builder is not None, "an operation outside shape inference"
         other = SymInt32(other)
         return SymInt32(SymInt32.builder.operation(function, self.expr, other.expr))
 
@@ -120,9 +115,9 @@ class ShapeExprs(SymExprs):
 @contextmanager
 def inference() -> Iterator[None]:
     """A context in which symbols are real."""
-    builder = SymInt32.builder = ExprBuilder()
+    SymInt32.builder = ExprBuilder()
     yield
-    builder.gone = True
+    SymInt32.builder = None
 
 
 def symbols(dims: Sequence[int | str]) -> ShapeExprs:

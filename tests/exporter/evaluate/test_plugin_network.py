@@ -94,7 +94,7 @@ def test_the_network_with_plugins_is_tensorrts_and_of_a_gpu(
 ) -> None:
     bundle = Bundle.open(tensorrt_bundle)
     monkeypatch.setattr("exporter.evaluate.session.import_tensorrt", lambda flavor: TRT)
-    with pytest.raises(UserError, match="tensorrt-rtx has no plugins"):
+    with pytest.raises(UserError, match="tensorrt-rtx takes no plugins"):
         evaluate_network(bundle, "tensorrt-rtx", attention="plugin")
     monkeypatch.setattr("exporter.evaluate.session.local_capability", lambda: None)
     with pytest.raises(UserError, match=r"no NVIDIA GPU is found here.*--attention native"):

@@ -1,4 +1,4 @@
-"""The kernels as TensorRT's plugins, against a strict fake of `tensorrt.plugin`: TensorRT itself wants a GPU."""
+"""The kernels as plugins of TensorRT, against a small fake of `tensorrt.plugin`: tests/foreign has NVIDIA's own."""
 
 from __future__ import annotations
 
