@@ -45,10 +45,11 @@ def register(trt: Any, trtp: Any, shape: AttentionShape, dtype: str, sm: int) ->
     Returns:
         The namespace in which TensorRT finds them: the graph's nodes name it in `plugin_namespace`.
     """
-    digest = hashlib.sha256(repr((shape, dtype, sm)).encode()).hexdigest()[:16]
-    namespace = f"nemotron_{digest}"
     split = {config: compile_split(shape, dtype, config, sm) for config in SPLIT_CONFIGS[shape.head_dim]}
     merge = {config: compile_merge(shape, dtype, config, sm) for config in MERGE_CONFIGS}
+    code = [kernel.ptx for kernel in (*split.values(), *merge.values())]  # or a timing cache would keep old ones' times
+    digest = hashlib.sha256(repr((shape, dtype, sm, code)).encode()).hexdigest()[:16]
+    namespace = f"nemotron_{digest}"
     _register_split(trt, trtp, f"{namespace}::{SPLIT_ATTENTION}", shape, dtype, split)
     _register_merge(trt, trtp, f"{namespace}::{MERGE_ATTENTION}", shape, dtype, merge)
     return namespace

@@ -43,7 +43,7 @@ def trt(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRTParser:
     monkeypatch.setattr("exporter.engine_options.local_capability", lambda: "8.9")
     monkeypatch.setattr("exporter.engine._build", lambda *_: b"plan")
     for name in ("compile_split", "compile_merge"):  # tests/plugins/kernels compile them
-        monkeypatch.setattr(f"plugins.kernels.registration.{name}", lambda shape, dtype, config, sm: config)
+        monkeypatch.setattr(f"plugins.kernels.registration.{name}", lambda *of: SimpleNamespace(ptx=repr(of)))
     return fake
 
 

@@ -134,3 +134,17 @@ def test_the_engine_is_given_ptx_whose_parameters_are_in_tensorrts_order() -> No
         assert re.findall(r"\.param \.(u\d+)", declared[1]) == ["u64"] * 4 + ["u32"] * 2 + ["u64"]
         assert ".target sm_120" in launch.code
         assert launch.params["shared_mem"].at(sizes) <= 48 << 10
+
+
+def test_kernels_of_another_release_are_other_plugins(
+    trtp: FakeTensorRTPlugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a timing cache chooses block sizes by what the former kernels took."""
+    from plugins.kernels.registration import register
+
+    before = register(TRT, trtp, SHAPE, "float16", 89)
+    monkeypatch.setattr(
+        "plugins.kernels.registration.compile_split",
+        lambda shape, dtype, config, sm: SimpleNamespace(**vars(code_of(config)) | {"ptx": "changed"}),
+    )
+    assert register(TRT, FakeTensorRTPlugin(), SHAPE, "float16", 89) != before
