@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_check [BUNDLE ...]
 
-Runs every backend that is installed: TensorRT, TensorRT-RTX, ONNX Runtime's CUDA provider without and with captured
-decode steps. Without a bundle the trained checkpoint is exported for both targets (needs the extra `export`). Engines
-that are missing are built, in a copy. Prints one table, and writes JSON to `benchmarks/results/`. Exit code 1 where
-something is wrong, 2 without a GPU.
+Runs every backend that is installed: TensorRT, with its own attention and with our kernels, TensorRT-RTX, ONNX
+Runtime's CUDA provider without and with captured decode steps. Without a bundle the trained checkpoint is exported for
+both targets (needs the extra `export`). Engines that are missing are built, in a copy. Prints one table, and writes
+JSON to `benchmarks/results/`. Exit code 1 where something is wrong, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -78,6 +78,22 @@ def prepared(given: Sequence[Path], scratch: Path) -> Iterator[Path]:
             except UserError as error:
                 print(f"skipped: {flavor} for {path.name} ({error})", file=sys.stderr)
         yield copy
+        if manifest.target == "tensorrt" and manifest.activations != "fp32":
+            yield from with_kernels(path, scratch / f"{copy.name}-attention-plugin")
+
+
+def with_kernels(path: Path, place: Path) -> Iterator[Path]:
+    """A copy of the bundle whose engine holds the attention kernels, where TensorRT and Triton are installed."""
+    from exporter.engine import build
+    from exporter.engine_options import BuildOptions
+
+    shutil.copytree(path, place)
+    capacity = min(512, Bundle.open(place).manifest.max_length)
+    try:
+        build(place, BuildOptions(flavor="tensorrt", attention="plugin", max_seq_len=capacity, force=True))
+        yield place
+    except UserError as error:
+        print(f"skipped: attention kernels for {path.name} ({error})", file=sys.stderr)
 
 
 def exported(scratch: Path) -> list[Path]:

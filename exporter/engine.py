@@ -16,9 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from exporter.builder import configure, monitor_of
-from exporter.engine_options import BuildOptions, Shapes, check_options, resolve_capabilities, resolve_shapes
+from exporter.engine_options import PLUGIN, BuildOptions, Shapes, check_options, resolve_capabilities, resolve_shapes
 from exporter.network import ParsedNetwork, parse
-from plugins.tensorrt_network import CAUSALITIES, LENGTHS_ASSUMPTION, LOWER_RIGHT, SOFTMAX_ASSUMPTION
+from exporter.plugin_attention import change_of
+from plugins.tensorrt_network import (
+    CAUSALITIES,
+    LENGTHS_ASSUMPTION,
+    LOWER_RIGHT,
+    PLUGIN_ASSUMPTIONS,
+    SOFTMAX_ASSUMPTION,
+)
 from runtime.bundle import Bundle, sha256_of
 from runtime.errors import CheckFailed, UserError
 from runtime.golden import Golden
@@ -82,11 +89,12 @@ def build(path: Path, options: BuildOptions, progress: Progress = lambda *_: Non
     capabilities = resolve_capabilities(trt, options, bundle.manifest.precisions)
     record = _record(bundle, options, shapes, capabilities, str(trt.__version__))
     _check_place(bundle, record, options.force)
+    change = change_of(trt, options, capabilities[0], bundle)
 
     progress("check", 0, 1)
     _check_content(bundle)
     progress("parse", 0, 1)
-    parsed = parse(trt, bundle, shapes.capacity)
+    parsed = parse(trt, bundle, shapes.capacity, change)
     layers = parsed.mend(options.causality).layers
     plan = _build(parsed, options, shapes, capabilities, progress)
     progress("write", 0, 1)
@@ -150,9 +158,10 @@ def _record(
         max_kept=shapes.kept,
         precision=bundle.manifest.precision,
         causality=options.causality,
+        attention=options.attention,
         graph_sha256=bundle.manifest.files[MODEL].sha256,
         flags=options.flags,
-        assumptions=_assumptions(options.causality, bundle.manifest.activations),
+        assumptions=_assumptions(options, bundle.manifest.activations),
     )
 
 
@@ -176,17 +185,19 @@ def _build(
     if plan is None:
         raise UserError(
             f"{options.flavor} {trt.__version__} cannot build {parsed.path} for compute capability "
-            f"{', '.join(capabilities)}: {parsed.messages.reason()}; try another --precision, --causality mask, or "
-            "smaller shapes"
+            f"{', '.join(capabilities)}: {parsed.messages.reason()}; try another --precision, "
+            f"{'--attention native' if options.attention == PLUGIN else '--causality mask'}, or smaller shapes"
         )
     if options.timing_cache:
         options.timing_cache.write_bytes(config.get_timing_cache().serialize())
     return plan
 
 
-def _assumptions(causality: str, activations: str) -> tuple[str, ...]:
+def _assumptions(options: BuildOptions, activations: str) -> tuple[str, ...]:
     """What an engine relies on that NVIDIA's documentation leaves open."""
-    lengths = (LENGTHS_ASSUMPTION,) if causality == LOWER_RIGHT else ()
+    if options.attention == PLUGIN:
+        return PLUGIN_ASSUMPTIONS
+    lengths = (LENGTHS_ASSUMPTION,) if options.causality == LOWER_RIGHT else ()
     return lengths if activations == "fp32" else (*lengths, SOFTMAX_ASSUMPTION)
 
 

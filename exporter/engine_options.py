@@ -16,6 +16,8 @@ from runtime.tensorrt_api import FLAVORS
 MAX_KEPT = 16  # logits of more positions at once take memory that generation never needs
 HARDWARE_COMPATIBILITY = ("ampere-plus", "same-compute-capability")
 PROFILING_VERBOSITY = ("layer-names", "detailed", "none")
+NATIVE, PLUGIN = "native", "plugin"
+ATTENTIONS = (NATIVE, PLUGIN)
 # As NVIDIA documents it, and as TensorRT-RTX refuses the others ("HW-specific datatypes").
 _OLDEST_CAPABILITY = {"fp16": (0, 0), "bf16": (8, 0), "int4": (8, 0), "fp8": (8, 9)}
 
@@ -30,7 +32,8 @@ class BuildOptions:
         max_batch_size: the most rows of a step.
         max_input_len: the most tokens of a row in one step (default: 1024, or the capacity where that is less).
         max_seq_len: the cache's capacity (default: 4096, or the bundle's maximum where that is less).
-        causality: one of `plugins.tensorrt_network.CAUSALITIES`.
+        attention: one of ATTENTIONS: TensorRT's own layers, or kernels whose cost follows the length; flavor tensorrt.
+        causality: one of `plugins.tensorrt_network.CAUSALITIES`; of native attention.
         optimization_level: 0 to 5, TensorRT's own by default.
         hardware_compatibility: one of HARDWARE_COMPATIBILITY; flavor tensorrt.
         version_compatible: let later versions load the engine; flavor tensorrt.
@@ -46,6 +49,7 @@ class BuildOptions:
     max_batch_size: int = 1
     max_input_len: int | None = None
     max_seq_len: int | None = None
+    attention: str = NATIVE
     causality: str = LOWER_RIGHT
     optimization_level: int | None = None
     hardware_compatibility: str | None = None
@@ -88,6 +92,10 @@ def check_options(options: BuildOptions) -> None:
         raise UserError(f"unknown flavor {options.flavor!r}; known: {', '.join(FLAVORS)}")
     if options.timing_cache and not options.timing_cache.absolute().parent.is_dir():
         raise UserError(f"--timing-cache {options.timing_cache}: its directory does not exist; make it first")
+    if options.attention not in ATTENTIONS:
+        raise UserError(f"unknown attention {options.attention!r}; known: {', '.join(ATTENTIONS)}")
+    if options.attention == PLUGIN:
+        _check_plugin(options)
     if options.flavor == "tensorrt":
         return
     refused = {
@@ -100,6 +108,29 @@ def check_options(options: BuildOptions) -> None:
             raise UserError(f"{flag} means nothing to flavor {options.flavor}; {remedy}")
     if options.strip and local_capability() is None:
         raise UserError("--strip needs an NVIDIA GPU while building, and none is found here; drop it or build there")
+
+
+def _check_plugin(options: BuildOptions) -> None:
+    """Refuse what an engine with the kernels cannot be."""
+    if options.flavor != "tensorrt":
+        raise UserError(
+            f"flavor {options.flavor} takes no plugins that are compiled ahead of time, as those of --attention plugin "
+            "are; build with --attention native"
+        )
+    refused = {
+        "--hardware-compatibility": options.hardware_compatibility,
+        "--version-compatible": options.version_compatible,
+        "--strip": options.strip,
+        "--causality mask": options.causality != LOWER_RIGHT,
+    }
+    reasons = {
+        "--strip": "are not in the graph that a stripped engine is filled from",
+        "--causality mask": "are causal by themselves",
+    }
+    for flag, given in refused.items():
+        if given:
+            reason = reasons.get(flag, "are compiled for the GPU and the TensorRT here")
+            raise UserError(f"{flag} is not for --attention plugin, whose kernels {reason}; drop one of the two")
 
 
 def resolve_shapes(options: BuildOptions, max_length: int, needed: int = 1) -> Shapes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from runtime.errors import UserError
 from runtime.manifest import MODEL
 from runtime.tensorrt_api import Messages, logger
 
+Change = Callable[[onnx.ModelProto], onnx.ModelProto]
+
 CAPACITY = "capacity"  # the symbolic dimension of the caches
 
 
@@ -33,6 +36,7 @@ class ParsedNetwork:
         path: the ONNX file.
         operators: how many of each operator the ONNX graph has.
         scales: the scale of each Attention, by node name.
+        plugins: the nodes that plugins compute, by name.
     """
 
     path: Path
@@ -41,6 +45,7 @@ class ParsedNetwork:
     network: Any
     operators: Counter[str]
     scales: dict[str, float]
+    plugins: dict[str, onnx.NodeProto]
     messages: Messages
     _weights: _Weights = field(repr=False)
     _alive: list[Any] = field(repr=False)
@@ -74,19 +79,22 @@ class ParsedNetwork:
         self._weights.release_pages()
 
 
-def parse(trt: Any, bundle: Bundle, capacity: int) -> ParsedNetwork:
+def parse(trt: Any, bundle: Bundle, capacity: int, change: Change | None = None) -> ParsedNetwork:
     """Parse a bundle's graph with its caches' capacity frozen; nothing is mended yet.
 
     Args:
         trt: TensorRT's module, from `runtime.tensorrt_api`.
         bundle: a bundle of target `tensorrt`.
         capacity: positions that the caches hold.
+        change: what is done to the graph before it is parsed; its weights stay in their files.
 
     Raises:
         UserError: the graph cannot be read or parsed.
     """
     path = bundle.file(MODEL)
     model = _frozen(path, capacity)
+    if change is not None:
+        model = change(model)
     messages = Messages()
     log = logger(trt, messages)
     builder = trt.Builder(log)
@@ -107,7 +115,8 @@ def parse(trt: Any, bundle: Bundle, capacity: int) -> ParsedNetwork:
     attention = [node for node in model.graph.node if node.op_type == "Attention"]
     scales = {node.name: attribute.f for node in attention for attribute in node.attribute if attribute.name == "scale"}
     operators = Counter(node.op_type for node in model.graph.node)
-    return ParsedNetwork(path, trt, builder, network, operators, scales, messages, weights, [parser, log])
+    plugins = {node.name: node for node in model.graph.node if node.domain}
+    return ParsedNetwork(path, trt, builder, network, operators, scales, plugins, messages, weights, [parser, log])
 
 
 def _frozen(path: Path, capacity: int) -> onnx.ModelProto:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporter.checkpoint import Checkpoint
+from exporter.engine_options import NATIVE, PLUGIN
 from exporter.evaluate.rounded import weights_of
 from exporter.evaluate.session import CachedSession, EvaluatedSession, evaluate_graph, evaluate_network
 from exporter.gate_size import fits_whole, refusal
@@ -39,6 +40,7 @@ def verify(
     progress: Progress = lambda *_: None,
     *,
     network: bool = False,
+    attention: str = NATIVE,
     adapter: Path | None = None,
     revision: str | None = None,
     memory: int | None = None,
@@ -50,6 +52,7 @@ def verify(
         checkpoint: the Hugging Face checkpoint's directory, or its hub id.
         progress: called with "verify", the cases done and their number.
         network: check what the installed TensorRT's parser makes of the graph, mended as `build` mends it, instead.
+        attention: `PLUGIN` to check the graph that an engine with the attention kernels is built of, evaluated.
         adapter, revision: as `export` was given them.
         memory: bytes that may be used in all (default: what the machine has available).
 
@@ -58,10 +61,24 @@ def verify(
             does not suffice.
     """
     opened, model = Bundle.open(bundle), Checkpoint.open(checkpoint, adapter, revision=revision)
+    if attention == PLUGIN:
+        check_for_plugin(opened)
     layered = not network and not fits_whole(model, memory)
     if layered and (not opened.has_cache or has_extras(opened)):
         raise refusal(model, memory)
-    return gate(opened, model, progress, network=network, layered=layered).parity
+    return gate(opened, model, progress, network=network, attention=attention, layered=layered).parity
+
+
+def check_for_plugin(bundle: Bundle) -> None:
+    """Refuse what is not checked with the attention kernels' ops.
+
+    Raises:
+        UserError: the bundle is of another target or hands out more than logits.
+    """
+    if not bundle.has_cache or bundle.manifest.target != "tensorrt" or has_extras(bundle):
+        raise UserError(
+            f"{bundle.path} is not one that engines with the attention kernels are built of; drop --attention plugin"
+        )
 
 
 def gate(
@@ -70,6 +87,7 @@ def gate(
     progress: Progress = lambda *_: None,
     *,
     network: bool = False,
+    attention: str = NATIVE,
     layered: bool = False,
 ) -> GateResult:
     """Compare a bundle with its checkpoint: step by step where it has a cache, else on whole rows.
@@ -81,14 +99,16 @@ def gate(
         checkpoint: what it was made from.
         progress: called with "verify", what is done and how much there is.
         network: what TensorRT's parser makes of the graph, instead of the graph.
+        attention: `PLUGIN` for the graph with the kernels' ops.
         layered: hold one layer of either in memory at a time; of graphs with a cache and nothing beyond it.
     """
     if layered:
         check_same_shape(bundle, checkpoint)
-        return run_layered_gate(bundle, checkpoint, progress)
+        return run_layered_gate(bundle, checkpoint, progress, attention)
     if not bundle.has_cache:
         return run_rows_gate(bundle, checkpoint, progress, network=network)
-    result = run_gate(bundle, checkpoint, evaluate_network(bundle) if network else session_of(bundle), progress)
+    session = evaluate_network(bundle, attention=attention) if network else session_of(bundle, attention)
+    result = run_gate(bundle, checkpoint, session, progress)
     if not has_extras(bundle):
         return result
     rows = run_rows_gate(bundle, checkpoint, progress, network=network).parity
@@ -100,9 +120,11 @@ def gate(
     return GateResult(both, result.golden)
 
 
-def session_of(bundle: Bundle) -> CachedSession:
+def session_of(bundle: Bundle, attention: str = NATIVE) -> CachedSession:
     """What the gate runs: ONNX Runtime for fp32; else the evaluation, which rounds as the graph says and no more."""
-    return OrtSession(bundle, slots=1, capacity=1) if bundle.manifest.precision == "fp32" else evaluate_graph(bundle)
+    if bundle.manifest.precision == "fp32" and attention == NATIVE:
+        return OrtSession(bundle, slots=1, capacity=1)
+    return evaluate_graph(bundle, attention)
 
 
 def run_gate(

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from exporter.checkpoint import Checkpoint
+from exporter.engine_options import NATIVE, PLUGIN
 from exporter.evaluate.rounded import weights_of
 from exporter.evaluate.segments import Segments
+from exporter.evaluate.session import WITH_OPS, graph_of
 from exporter.golden_limit import rounds_activations, with_kernels_error, with_ties_turned
 from exporter.layered_reference import LayeredReference, Pairs, Weights
 from exporter.layered_steps import LayeredSteps, all_logits
@@ -40,9 +42,11 @@ LOGITS_BYTES = 1 << 25  # of single tokens' logits, of one side
 LEAST_DECODE_STEPS = 4
 
 
-def run_layered_gate(bundle: Bundle, checkpoint: Checkpoint, progress: Progress = lambda *_: None) -> GateResult:
+def run_layered_gate(
+    bundle: Bundle, checkpoint: Checkpoint, progress: Progress = lambda *_: None, attention: str = NATIVE
+) -> GateResult:
     """Compare a bundle that has a cache with its checkpoint, one layer of either in memory at a time."""
-    gate = _LayeredGate(bundle, checkpoint)
+    gate = _LayeredGate(bundle, checkpoint, attention)
     layers = bundle.cache_geometry.layers
     try:
         for layer in range(layers):
@@ -94,7 +98,7 @@ class _Reference:
 class _LayeredGate:
     """Both sides as far as layers have run: unequal rows, and one that ends its capacity."""
 
-    def __init__(self, bundle: Bundle, checkpoint: Checkpoint) -> None:
+    def __init__(self, bundle: Bundle, checkpoint: Checkpoint, attention: str) -> None:
         self._bundle, self._hidden = bundle, checkpoint.spec.hidden
         scaling = Scaling.load(bundle.path, checkpoint.spec)
         self._view = CacheView(bundle, scaling)
@@ -104,14 +108,16 @@ class _LayeredGate:
         self._past = int(end[0].past[0])
         capacity, longest = capacity_of(prompts(bundle), bundle.manifest.max_length), bundle.manifest.max_length
 
-        self._segments = Segments(bundle, evaluate=bundle.manifest.precision != "fp32")
+        kernels = attention == PLUGIN  # whose ops are evaluated whatever the precision
+        evaluate = kernels or bundle.manifest.precision != "fp32"
+        self._segments = Segments(bundle, evaluate=evaluate, model=graph_of(bundle, attention) if kernels else None)
         self._steps = LayeredSteps(bundle, self._segments, asked, slots=len(self._rows), capacity=capacity)
         self._last = LayeredSteps(bundle, self._segments, end, slots=1, capacity=longest)
         self._kernels = None
         if rounds_activations(bundle):  # the same steps as ONNX Runtime computes them
             self._products = Segments(bundle, evaluate=False)
             self._kernels = LayeredSteps(bundle, self._products, asked, slots=len(self._rows), capacity=capacity)
-        self.evaluated_by = f"{self._segments.name}, layer by layer"
+        self.evaluated_by = f"{self._segments.name}{WITH_OPS if kernels else ''}, layer by layer"
 
         precision = bundle.manifest.activations
         every = [*self._rows, [int(token) for request in end for token in request.tokens[0]]]

@@ -25,9 +25,11 @@ class Nodes:
         """A node of one output."""
         return self._tape.op(op_type, list(inputs), attributes)
 
-    def many(self, op_type: str, outputs: int, *inputs: ir.Value | None, **attributes: Any) -> list[ir.Value]:
+    def many(
+        self, op_type: str, outputs: int, *inputs: ir.Value | None, domain: str = "", **attributes: Any
+    ) -> list[ir.Value]:
         """A node of several outputs."""
-        return list(self._tape.op_multi_out(op_type, list(inputs), attributes, num_outputs=outputs))
+        return list(self._tape.op_multi_out(op_type, list(inputs), attributes, num_outputs=outputs, domain=domain))
 
     def constant(self, name: str, value: Any) -> ir.Value:
         """An initializer: int64 for integers, else of the value's own dtype."""

@@ -37,7 +37,7 @@ def lower_to_standard_attention(graph: ir.Graph, input_ids: ir.Value, write_indi
     lengths = build("Add", write_indices, sequence)
     graph.insert_before(next(iter(graph)), build.take())
     for node in fused:
-        _replace(graph, node, build, _cached(build, node, positions, lengths))
+        replace(graph, node, build, _cached(build, node, positions, lengths))
     return len(fused)
 
 
@@ -58,11 +58,12 @@ def lower_to_masked_attention(graph: ir.Graph, attention_mask: ir.Value) -> int:
     visible = _visible(build, attention_mask)
     graph.insert_before(next(iter(graph)), build.take())
     for node in fused:
-        _replace(graph, node, build, _masked(build, node, visible))
+        replace(graph, node, build, _masked(build, node, visible))
     return len(fused)
 
 
-def _replace(graph: ir.Graph, node: ir.Node, build: Nodes, outputs: list[ir.Value]) -> None:
+def replace(graph: ir.Graph, node: ir.Node, build: Nodes, outputs: list[ir.Value]) -> None:
+    """Put what was built in a fused node's place, and its outputs in the place of the node's."""
     for new, old in zip(outputs, node.outputs, strict=True):
         new.shape, new.type = old.shape, old.type
     ir.convenience.replace_nodes_and_values(graph, node, [node], build.take(), node.outputs, outputs)
@@ -115,15 +116,18 @@ class _Heads:
         self._build, self._attributes, self._rotation = build, node.attributes, rotation
 
     def split(self, x: ir.Value | None, heads: str) -> ir.Value:
+        """[batch, heads, sequence, head_dim]; `heads` is the attribute that counts them."""
         count, width = self._attributes.get_int(heads), self._attributes.get_int("head_dim")
         shape = self._build.constant(f"split_{count}x{width}", [0, 0, count, width])
         return self._build("Transpose", self._build("Reshape", x, shape), perm=_HEADS_FIRST)
 
     def rotated(self, x: ir.Value | None, heads: str) -> ir.Value:
+        """The same, rotated."""
         width = self._attributes.get_int("rotary_dim")
         split = self.split(x, heads)
         return self._build("RotaryEmbedding", split, *self._rotation, interleaved=0, rotary_embedding_dim=width)
 
     def merged(self, context: ir.Value) -> ir.Value:
+        """[batch, sequence, heads·head_dim]."""
         merged = self._build("Transpose", context, perm=_HEADS_FIRST)
         return self._build("Reshape", merged, self._build.constant("merge", [0, 0, -1]))

@@ -27,12 +27,20 @@ LENGTHS_ASSUMPTION = "lower-right causality counts from key_value_lengths"
 # refuses that attribute. TensorRT's kernels are taken to compute it in fp32, as transformers and the evaluation do.
 SOFTMAX_ASSUMPTION = "softmax of 16-bit attention is computed in fp32"
 
+# What the attention kernels rely on, as plugins that are compiled ahead of time (`plugins.kernels`).
+PLUGIN_ASSUMPTIONS = (
+    "ahead-of-time plugins are launched as tensorrt.plugin's Python says",
+    "a plugin reads the updated cache where it lies, without a copy",
+)
+
 # The layers that must come out of the parser, one for each operator of the graph.
 _LAYERS = {
     "attention": ("Attention", "ATTENTION_INPUT"),
     "kv_cache_update": ("TensorScatter", "KV_CACHE_UPDATE"),
     "rotary": ("RotaryEmbedding", "ROTARY_EMBEDDING"),
 }
+_PLUGINS = ("SplitAttention", "MergeAttention")  # a layer each, of networks that have them
+_MERGED = 4  # inputs of MergeAttention; SplitAttention has more
 
 
 class NetworkMismatch(Exception):
@@ -73,6 +81,9 @@ def mend(
     """
     layers = count_layers(trt, network)
     expected = {kind: operators.get(operator, 0) for kind, (operator, _) in _LAYERS.items()}
+    plugins = sum(operators.get(name, 0) for name in _PLUGINS)
+    if plugins:
+        expected["plugin"], layers["plugin"] = plugins, len(_plugins(trt, network))
     if layers != expected:
         raise NetworkMismatch(f"the graph holds {_listed(expected)}, the parser made {_listed(layers)}")
     add, cached = _Adder(trt, network), layers["kv_cache_update"] > 0
@@ -93,6 +104,8 @@ def mend(
             _make_causal(trt, attention, causality, bound)
         attention.decomposable = attention.get_input(0).dtype == trt.float32
     check_mended(trt, network)
+    if plugins:
+        check_plugins(trt, network)
     return Mended(layers, add.constants)
 
 
@@ -100,6 +113,10 @@ def count_layers(trt: Any, network: Any) -> dict[str, int]:
     """How many native layers of each of our kinds a network has: attention, kv_cache_update, rotary."""
     types = [layer.type for layer in _layers(network)]
     return {kind: types.count(getattr(trt.LayerType, layer)) for kind, (_, layer) in _LAYERS.items()}
+
+
+def _plugins(trt: Any, network: Any) -> list[Any]:
+    return [layer for layer in _layers(network) if layer.type == trt.LayerType.PLUGIN_V3]
 
 
 def attentions(trt: Any, network: Any) -> Iterator[Any]:
@@ -119,15 +136,32 @@ def check_mended(trt: Any, network: Any) -> None:
     producers = _producers(network)
     cached = count_layers(trt, network)["kv_cache_update"] > 0
     for attention in attentions(trt, network):
-        for index, what in ((1, "keys"), (2, "values")) if cached else ():
-            producer = producers.get(attention.get_input(index).name)
-            kind = producer.type.name if producer is not None else "a network input"
-            if kind != "KV_CACHE_UPDATE":
-                raise NetworkMismatch(f"{attention.name} takes its {what} from {kind}, not from KV_CACHE_UPDATE")
+        if cached:
+            _check_source(producers, attention, keys=1, values=2)
         lower_right = attention.causal_kind == trt.CausalMaskKind.LOWER_RIGHT and attention.key_value_lengths
         masked = attention.causal_kind == trt.CausalMaskKind.NONE and attention.mask
         if not (lower_right or masked):
             raise NetworkMismatch(f"{attention.name} has neither lengths with a lower-right corner nor a mask")
+
+
+def check_plugins(trt: Any, network: Any) -> None:
+    """Check the same of the kernels' plugins, of which those that read a cache have it as inputs 3 and 4.
+
+    Raises:
+        NetworkMismatch: one that takes something else.
+    """
+    producers = _producers(network)
+    for plugin in _plugins(trt, network):
+        if plugin.num_inputs > _MERGED:
+            _check_source(producers, plugin, keys=3, values=4)
+
+
+def _check_source(producers: Mapping[str, Any], reader: Any, **inputs: int) -> None:
+    for what, index in inputs.items():
+        producer = producers.get(reader.get_input(index).name)
+        kind = producer.type.name if producer is not None else "a network input"
+        if kind != "KV_CACHE_UPDATE":
+            raise NetworkMismatch(f"{reader.name} takes its {what} from {kind}, not from KV_CACHE_UPDATE")
 
 
 def _unscale(trt: Any, add: _Adder, producers: dict[str, Any], attention: Any, scales: Mapping[str, float]) -> None:

@@ -68,7 +68,7 @@ def _fitting(bundle: Bundle, engine: Engine, gpu: Gpu) -> Any:
     Raises:
         UserError: the engine is of another graph, GPU or version, or its flavor is not installed.
     """
-    rebuild = f"nemotron-export build {bundle.path} --flavor {engine.flavor} --force"
+    rebuild = engine.rebuild(bundle.path)
     graph = bundle.manifest.files.get(MODEL)
     if graph is None or engine.graph_sha256 != graph.sha256:
         raise UserError(f"{engine.path} was built from another graph than this bundle's; run {rebuild}")

@@ -99,6 +99,7 @@ class Engine(Record):
         max_kept: the most positions of a row that a step gives logits of.
         precision: the graph's.
         causality: "lower-right" or "mask".
+        attention: "native", TensorRT's layers, or "plugin", kernels that are in the engine.
         graph_sha256: of the graph it was built from.
         flags: how it was built beyond its shapes: "weight-streaming", "strip", …
         assumptions: what it relies on that nobody has written down.
@@ -117,9 +118,15 @@ class Engine(Record):
     precision: str
     causality: str
     graph_sha256: str
+    attention: str = "native"
     flags: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
     selftested_on: tuple[str, ...] = ()
+
+    def rebuild(self, bundle: Path) -> str:
+        """The command that builds it again, with the attention that it has."""
+        attention = "" if self.attention == "native" else f" --attention {self.attention}"
+        return f"nemotron-export build {bundle} --flavor {self.flavor}{attention} --force"
 
 
 @dataclass(frozen=True, kw_only=True)

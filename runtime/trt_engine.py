@@ -59,7 +59,7 @@ class LoadedEngine:
         """
         self.record, self.cuda = chosen.engine, chosen.cuda
         self._trt, self._path = chosen.trt, bundle.path
-        self._rebuild = f"run nemotron-export build {bundle.path} --flavor {self.record.flavor} --force"
+        self._rebuild = f"run {self.record.rebuild(bundle.path)}"
         self._messages = Messages()
         self._runtime = chosen.trt.Runtime(logger(chosen.trt, self._messages))
         self.engine = deserialise(bundle, chosen, self._runtime, self._messages, self._rebuild)

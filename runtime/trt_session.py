@@ -91,8 +91,8 @@ class TrtSession:
         check_allocation(slots, capacity, self.max_capacity, where, "build with a larger one")
         if slots > self._loaded.max_batch:
             raise UserError(
-                f"a batch of {slots} passes the {self._loaded.max_batch} of {record.path}; run nemotron-export build "
-                f"{self._bundle.path} --flavor {record.flavor} --max-batch-size {slots} --force"
+                f"a batch of {slots} passes the {self._loaded.max_batch} of {record.path}; run "
+                f"{record.rebuild(self._bundle.path)} --max-batch-size {slots}"
             )
         self.slots, self.capacity = slots, capacity
         self._cache: Cache | None = None

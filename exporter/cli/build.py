@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Plain text, so that --help needs no import; a test holds them against what the builder knows.
 FLAVORS = ("tensorrt", "tensorrt-rtx")
+ATTENTIONS = ("native", "plugin")
 CAUSALITIES = ("lower-right", "mask")
 HARDWARE_COMPATIBILITY = ("ampere-plus", "same-compute-capability")
 PROFILING_VERBOSITY = ("layer-names", "detailed", "none")
@@ -40,6 +41,13 @@ PROFILING_VERBOSITY = ("layer-names", "detailed", "none")
     help="Tokens a row may hold: the cache's capacity.  [default: 4096 at most; maximum: the bundle's]",
 )
 @click.option(
+    "--attention",
+    type=click.Choice(ATTENTIONS),
+    default="native",
+    show_default=True,
+    help="TensorRT's layers, or our kernels, whose cost follows the length and not the capacity (tensorrt).",
+)
+@click.option(
     "--causality",
     type=click.Choice(CAUSALITIES),
     default="lower-right",
@@ -61,7 +69,7 @@ def build(*, bundle: Path, as_json: bool, **options: Any) -> None:
     """Build a TensorRT engine of BUNDLE, which was exported with --target tensorrt, and put it there.
 
     Flavor tensorrt builds on the GPU that will run it; tensorrt-rtx builds for any GPU on any machine. Needs no
-    torch.
+    torch. With --attention plugin it needs the extra kernels, whose Triton compiles them; the engine does not.
 
     \b
     nemotron-export build ./bundle --flavor tensorrt
@@ -97,6 +105,7 @@ def _print_build(result: BuildResult) -> None:
             ("step", f"{engine.max_batch_size} × {engine.max_input_len} tokens at most"),
             ("capacity", f"{engine.max_seq_len} tokens a row"),
             ("layers", ", ".join(f"{count} {kind}" for kind, count in result.layers.items())),
+            ("attention", "" if engine.attention == "native" else f"{engine.attention}, compiled into the engine"),
             ("flags", ", ".join(engine.flags)),
             ("assumes", ", ".join(engine.assumptions)),
             ("seconds", f"{result.seconds:.1f}"),

@@ -24,7 +24,7 @@ from runtime.tensorrt_api import FLAVORS, import_tensorrt
 ARTIFACTS = Path("artifacts")  # where exports go by default
 CUDA_PROVIDER = "CUDAExecutionProvider"
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
-TENSORRT = ("tensorrt", "tensorrt-rtx", "cuda-python")  # shown, and never missed: not everyone wants them
+TENSORRT = ("tensorrt", "tensorrt-rtx", "cuda-python", "triton")  # shown, and never missed: not everyone wants them
 _PURPOSE = {
     "base": "everything",
     "onnxruntime": "running bundles (generate, chat, selftest) and checking exports",

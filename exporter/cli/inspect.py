@@ -208,7 +208,7 @@ def _engine_row(engine: Engine) -> tuple[str, ...]:
         f"{engine.flavor} {engine.version}",
         f"compute capability {', '.join(engine.capabilities)}",
         f"batch {engine.max_batch_size}, input {engine.max_input_len}, capacity {engine.max_seq_len}",
-        ", ".join(engine.flags),
+        ", ".join([*(["attention plugin"] if engine.attention == "plugin" else []), *engine.flags]),
     )
 
 

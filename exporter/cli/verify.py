@@ -9,12 +9,21 @@ import click
 from exporter.cli._console import emit_json, print_comparisons, stages
 from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options, json_option, memory_option
 
+ATTENTIONS = ("native", "plugin")  # plain text, so that --help needs no import
+
 
 @click.command()
 @click.argument("bundle", type=PATH)
 @checkpoint_argument
 @checkpoint_options
 @click.option("--network", is_flag=True, help="Check what TensorRT's parser makes of the graph; needs no GPU.")
+@click.option(
+    "--attention",
+    type=click.Choice(ATTENTIONS),
+    default="native",
+    show_default=True,
+    help="plugin: check the graph that build --attention plugin makes.",
+)
 @memory_option
 @json_option
 def verify(
@@ -24,6 +33,7 @@ def verify(
     revision: str | None,
     adapter: Path | None,
     network: bool,
+    attention: str,
     memory: int | None,
     as_json: bool,
 ) -> None:
@@ -31,11 +41,13 @@ def verify(
 
     Logits, cache and greedy tokens are compared; exit code 1 where they differ. On a machine without torch,
     `selftest` checks the bundle by itself. With --network, the graph of a bundle for TensorRT is parsed and mended as
-    `build` does it, and the network is evaluated layer by layer, every tensor rounded to its type.
+    `build` does it, and the network is evaluated layer by layer, every tensor rounded to its type. With --attention
+    plugin, the graph with the kernels' ops is evaluated, each by its reference; with both, TensorRT's network of it.
 
     \b
     nemotron-export verify ./bundle ./Nemotron-Mini-4B-Instruct
     nemotron-export verify ./bundle ./Nemotron-Mini-4B-Instruct --network
+    nemotron-export verify ./bundle ./Nemotron-Mini-4B-Instruct --attention plugin
     """
     from exporter.hub import locate
     from runtime.bundle import Bundle
@@ -46,7 +58,9 @@ def verify(
     from exporter.verify import verify as compare
 
     with stages() as progress:
-        parity = compare(bundle, directory, progress, network=network, adapter=adapter, memory=memory)
+        parity = compare(
+            bundle, directory, progress, network=network, attention=attention, adapter=adapter, memory=memory
+        )
     if as_json:
         emit_json(parity.report())
     else:

@@ -6,9 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import onnx
+import onnx_ir as ir
 import torch
 
 from exporter.evaluate.network_layers import LAYERS
+from exporter.evaluate.onnx_attributes import Attributes
+from exporter.evaluate.onnx_operators import OPERATORS
 from exporter.evaluate.program import CannotEvaluate, Compute, Edge, Program, Step, in_order
 from exporter.evaluate.tensors import as_torch
 
@@ -28,7 +32,13 @@ _DTYPES = {
 _NOT_HANDED_OUT = {torch.bfloat16, torch.int8, torch.float8_e4m3fn}  # constants whose content the API keeps
 
 
-def compile_network(trt: Any, network: Any, constants: Mapping[str, Reader], owner: object = None) -> Program:
+def compile_network(
+    trt: Any,
+    network: Any,
+    constants: Mapping[str, Reader],
+    owner: object = None,
+    plugins: Mapping[str, onnx.NodeProto] | None = None,
+) -> Program:
     """A parsed network as a program, mended or not.
 
     Args:
@@ -37,6 +47,7 @@ def compile_network(trt: Any, network: Any, constants: Mapping[str, Reader], own
         constants: readers of the ONNX initializers by name. TensorRT's Python API does not hand out bfloat16,
             int4 and fp8 weights: those are read here, by the name and shape of the constant layer.
         owner: what must live as long as the network's weights do (the parser).
+        plugins: the ONNX nodes that plugins compute, by name; their layers hand out nothing of what they mean.
 
     Raises:
         CannotEvaluate: a layer or an attribute value without a meaning here.
@@ -49,6 +60,9 @@ def compile_network(trt: Any, network: Any, constants: Mapping[str, Reader], own
         kind = trt.ILayer.type.__get__(layer).name  # a cast layer can have a `type` of its own
         if kind == "ATTENTION_INPUT":
             continue  # the attention is read whole, where it ends
+        if kind == "PLUGIN_V3":
+            steps.append(_step(layer, kind, partial(_plugin, plugins or {})))
+            continue
         if kind not in LAYERS:
             raise CannotEvaluate(f"layer type {kind} of {layer.name}")
         class_name, build = LAYERS[kind]
@@ -67,6 +81,17 @@ def _step(layer: Any, kind: str, build: Callable[[Any], Compute]) -> Step:
     edges = tuple(_edge(layer.get_output(i)) for i in range(layer.num_outputs))
     names = tuple(None if tensor is None else tensor.name for tensor in sources)
     return Step(f"{kind} {layer.name}", names, edges, build(layer))
+
+
+def _plugin(nodes: Mapping[str, onnx.NodeProto], layer: Any) -> Compute:
+    """A plugin's meaning is its node's."""
+    node = nodes.get(layer.name)
+    if node is None:
+        raise CannotEvaluate(f"plugin {layer.name}")
+    attributes = Attributes(ir.serde.deserialize_node(node))
+    compute = OPERATORS[f"{node.domain}::{node.op_type}"](attributes)
+    attributes.finish()
+    return compute
 
 
 def _inputs(layer: Any) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from exporter.evaluate.onnx_attributes import Attributes
 from exporter.evaluate.onnx_operators import OPERATORS
 from exporter.evaluate.program import CannotEvaluate, Edge, Program, Step, in_order
 from exporter.evaluate.tensors import read_tensor
+from plugins.split_attention import MERGE_ATTENTION, SPLIT_ATTENTION
 
 _DTYPES = {
     ir.DataType.FLOAT: torch.float32,
@@ -75,10 +76,12 @@ def _edge(value: ir.Value, dtype: torch.dtype) -> Edge:
 
 def _result_dtype(node: ir.Node, place: int, dtypes: dict[str, torch.dtype]) -> torch.dtype:
     """The dtype that ONNX gives a node's output: that of its first input, but for a few."""
-    if node.op_type == "Cast":
-        return _torch_dtype(ir.DataType(node.attributes["to"].as_int()), f"Cast {node.outputs[0].name}")
+    if node.op_type in ("Cast", MERGE_ATTENTION):
+        return _torch_dtype(ir.DataType(node.attributes["to"].as_int()), f"{node.op_type} {node.outputs[0].name}")
     if node.op_type == "Shape":
         return torch.int64
+    if node.op_type == SPLIT_ATTENTION:
+        return torch.float32
     if node.op_type in _BOOLEAN:
         return torch.bool
     if node.op_type == "GroupQueryAttention" and place:

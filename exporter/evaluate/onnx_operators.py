@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from exporter.evaluate import ops
+from exporter.evaluate import onnx_split, ops
 from exporter.evaluate.onnx_attention import attention, group_query_attention
 from exporter.evaluate.onnx_attributes import Attributes
 from exporter.evaluate.onnx_quantized import dequantize_linear, gather_blocks, matmul_nbits
@@ -188,4 +188,6 @@ OPERATORS: dict[str, Callable[[Attributes], Compute]] = {
     "com.microsoft::GatherBlockQuantized": gather_blocks,
     "com.microsoft::RotaryEmbedding": _contrib_rotary,
     "com.microsoft::GroupQueryAttention": group_query_attention,
+    "nemotron::SplitAttention": onnx_split.split,
+    "nemotron::MergeAttention": onnx_split.merge,
 }  # fmt: skip

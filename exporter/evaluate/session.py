@@ -8,15 +8,18 @@ from functools import cached_property
 from typing import Any, Protocol, Self
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
 from exporter import __version__
+from exporter.engine_options import NATIVE, PLUGIN, BuildOptions, local_capability
 from exporter.evaluate.network import compile_network
-from exporter.evaluate.onnx_graph import load_graph
+from exporter.evaluate.onnx_graph import compile_graph, load_graph
 from exporter.evaluate.program import Program
 from exporter.evaluate.tensors import as_torch
 from exporter.network import parse
+from exporter.plugin_attention import change_of, use_split_attention
 from plugins.tensorrt_network import LOWER_RIGHT
 from runtime.bundle import Bundle, CacheGeometry
 from runtime.contract import LOGITS, past_names, present_names
@@ -27,6 +30,7 @@ from runtime.session import Floats, Ints, Session
 from runtime.steps import Limits, Step, check_allocation, contract_of
 from runtime.tensorrt_api import FLAVORS, import_tensorrt
 
+WITH_OPS = " with the attention kernels' ops"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -159,13 +163,36 @@ class EvaluatedSession:
         self.cache = EvaluatedCache(self._bundle.cache_geometry, slots, capacity)
 
 
-def evaluate_graph(bundle: Bundle) -> EvaluatedSession:
-    """A session of the bundle's ONNX graph, which is one program whatever the capacity."""
-    program = load_graph(bundle.file(MODEL))
-    return EvaluatedSession(bundle, lambda _: program, "nemotron-export evaluation of the ONNX graph", __version__)
+def evaluate_graph(bundle: Bundle, attention: str = NATIVE) -> EvaluatedSession:
+    """A session of the bundle's ONNX graph, which is one program whatever the capacity.
+
+    Args:
+        bundle: of text generation with a cache.
+        attention: `PLUGIN` for the graph that an engine with the attention kernels is built of.
+
+    Raises:
+        UserError: the graph has no form with the kernels' ops.
+    """
+    program = compile_graph(graph_of(bundle, attention))
+    name = f"nemotron-export evaluation of the ONNX graph{WITH_OPS if attention == PLUGIN else ''}"
+    return EvaluatedSession(bundle, lambda _: program, name, __version__)
 
 
-def evaluate_network(bundle: Bundle, flavor: str | None = None, causality: str = LOWER_RIGHT) -> EvaluatedSession:
+def graph_of(bundle: Bundle, attention: str = NATIVE) -> ir.Model:
+    """The bundle's graph, with the attention kernels' ops for `PLUGIN`; weights stay in their files.
+
+    Raises:
+        UserError: the graph has no form with the kernels' ops.
+    """
+    model = ir.load(bundle.file(MODEL))
+    if attention == PLUGIN:
+        use_split_attention(model, bundle)
+    return model
+
+
+def evaluate_network(
+    bundle: Bundle, flavor: str | None = None, causality: str = LOWER_RIGHT, attention: str = NATIVE
+) -> EvaluatedSession:
     """A session of what TensorRT's parser makes of the bundle's graph, mended as `build` mends it; no GPU is needed.
 
     Each capacity is a network of its own, parsed when its first step comes.
@@ -174,16 +201,17 @@ def evaluate_network(bundle: Bundle, flavor: str | None = None, causality: str =
         bundle: one of target `tensorrt`.
         flavor: whose parser (default: the one that is installed, `tensorrt` first).
         causality: as in `build`.
+        attention: as in `build`; `PLUGIN` needs a GPU, for which kernels are registered.
 
     Raises:
         UserError: the bundle is of another target, or no TensorRT is installed.
     """
-    name, version, programs = network_programs(bundle, flavor, causality)
+    name, version, programs = network_programs(bundle, flavor, causality, attention)
     return EvaluatedSession(bundle, programs, name, version)
 
 
 def network_programs(
-    bundle: Bundle, flavor: str | None = None, causality: str = LOWER_RIGHT
+    bundle: Bundle, flavor: str | None = None, causality: str = LOWER_RIGHT, attention: str = NATIVE
 ) -> tuple[str, str, Callable[[int], Program]]:
     """What is evaluated of a bundle's network and its version, and the program for a capacity; see `evaluate_network`.
 
@@ -191,15 +219,17 @@ def network_programs(
         UserError: the bundle is of another target, or no TensorRT is installed.
     """
     check_for_network(bundle)
-    flavor, trt = installed(flavor)
+    flavor, trt = installed("tensorrt" if attention == PLUGIN and flavor is None else flavor)
+    change = change_of(trt, BuildOptions(flavor, attention=attention), local_capability(), bundle)
     weights = load_graph(bundle.file(MODEL)).constants
 
     def program(capacity: int) -> Program:
-        parsed = parse(trt, bundle, capacity)
+        parsed = parse(trt, bundle, capacity, change)
         parsed.mend(causality)
-        return compile_network(trt, parsed.network, weights, owner=parsed)
+        return compile_network(trt, parsed.network, weights, owner=parsed, plugins=parsed.plugins)
 
-    return f"nemotron-export evaluation of the {flavor} network", trt.__version__, program
+    named = WITH_OPS if attention == PLUGIN else ""
+    return f"nemotron-export evaluation of the {flavor} network{named}", trt.__version__, program
 
 
 def check_for_network(bundle: Bundle) -> None:

@@ -48,6 +48,7 @@ def test_auto_falls_back_to_onnxruntime_and_says_why(gpu_host):
     [
         ({"capabilities": ("9.0", "12.0")}, r"compute capability 9.0, 12.0, this GPU .* has 8.9; run nemotron"),
         ({"version": "11.3.0"}, r"built by tensorrt 11.3.0, installed is 11.4.0.1; run .* --flavor tensorrt --force"),
+        ({"version": "11.3.0", "attention": "plugin"}, r"run .* --flavor tensorrt --attention plugin --force"),
         ({"graph_sha256": "0"}, r"built from another graph than this bundle's; run nemotron-export build .* --force"),
         ({"max_batch_size": 8}, r"up to \(3, 6, 48\), its record says \(8, 6, 48\); run nemotron-export build"),
         ({"plan": b"no plan"}, r"model.plan cannot be loaded \(Magic tag does not match\); run nemotron-export build"),
@@ -98,7 +99,7 @@ def test_an_engine_that_would_copy_its_cache_is_refused(gpu_host):
 
 
 def test_what_the_engine_was_not_built_for_is_refused(machine):
-    with pytest.raises(UserError, match=r"a batch of 4 passes the 3 of .* --max-batch-size 4 --force"):
+    with pytest.raises(UserError, match=r"a batch of 4 passes the 3 of .* --force --max-batch-size 4"):
         session_of(machine, slots=4)
     with pytest.raises(UserError, match=r"a capacity of 49 tokens passes the 48 of .*--max-seq-len 48.*a larger one"):
         session_of(machine, capacity=49)

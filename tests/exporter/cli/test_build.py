@@ -75,6 +75,7 @@ def test_the_defaults_are_those_of_the_contract(cli, builder, tmp_path):
     ((bundle, options),) = builder.asked
     assert bundle == tmp_path
     assert (options.flavor, options.capabilities, options.causality) == ("tensorrt", (), "lower-right")
+    assert options.attention == "native"
     assert (options.max_batch_size, options.max_input_len, options.max_seq_len) == (1, None, None)
     assert (options.force, options.flags, options.optimization_level) == (False, (), None)
 
@@ -82,8 +83,9 @@ def test_the_defaults_are_those_of_the_contract(cli, builder, tmp_path):
 def test_every_flag_arrives(cli, builder, tmp_path):
     flags = (
         "--flavor tensorrt-rtx --compute-capability 8.9 --compute-capability 12.0 --max-batch-size 2 --max-input-len 3 "
-        "--max-seq-len 4 --causality mask --optimization-level 5 --hardware-compatibility ampere-plus "
-        "--version-compatible --weight-streaming --strip --profiling-verbosity detailed --timing-cache cache --force"
+        "--max-seq-len 4 --attention plugin --causality mask --optimization-level 5 --version-compatible "
+        "--hardware-compatibility ampere-plus --weight-streaming --strip --profiling-verbosity detailed "
+        "--timing-cache cache --force"
     )
     assert cli("build", tmp_path, *flags.split()).code == 0
     from exporter.engine_options import BuildOptions
@@ -94,6 +96,7 @@ def test_every_flag_arrives(cli, builder, tmp_path):
         max_batch_size=2,
         max_input_len=3,
         max_seq_len=4,
+        attention="plugin",
         causality="mask",
         optimization_level=5,
         hardware_compatibility="ampere-plus",
@@ -135,6 +138,7 @@ def test_warnings_go_to_stderr(cli, builder, tmp_path):
         ((), "--flavor"),
         (("--flavor", "tensorrt", "--max-batch-size", "0"), "--max-batch-size"),
         (("--flavor", "tensorrt", "--causality", "upper-left"), "'lower-right', 'mask'"),
+        (("--flavor", "tensorrt", "--attention", "fused"), "'native', 'plugin'"),
         (("--flavor", "tensorrt", "--optimization-level", "6"), "--optimization-level"),
     ],
 )
@@ -169,6 +173,7 @@ def test_the_choices_are_what_the_builder_knows():
     from runtime import tensorrt_api
 
     assert tuple(tensorrt_api.FLAVORS) == command.FLAVORS
+    assert engine_options.ATTENTIONS == command.ATTENTIONS
     assert tensorrt_network.CAUSALITIES == command.CAUSALITIES
     assert engine_options.HARDWARE_COMPATIBILITY == command.HARDWARE_COMPATIBILITY
     assert engine_options.PROFILING_VERBOSITY == command.PROFILING_VERBOSITY

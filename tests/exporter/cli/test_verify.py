@@ -11,13 +11,13 @@ from runtime.measured import Comparison, Parity
 
 @pytest.fixture
 def verdict(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What the two comparisons of the next run find; then whether it was of the network, the adapter and the memory."""
+    """What the two comparisons of the next run find; then whether of the network, adapter, memory, and attention."""
     found = [True, True]
 
-    def verify(bundle, checkpoint, progress, *, network, adapter, memory) -> Parity:
+    def verify(bundle, checkpoint, progress, *, network, attention, adapter, memory) -> Parity:
         print("a library's chatter")
         progress("verify", 1, 2)
-        found[2:] = [network, adapter, memory]
+        found[2:] = [network, adapter, memory, attention]
         rows = tuple(
             Comparison(name="logits", case=str(n), metric="max_abs", value=None, limit=1e-4, passed=passed)
             for n, passed in enumerate(found[:2])
@@ -62,6 +62,19 @@ def test_the_network_is_checked_only_where_it_is_asked_for(cli, verdict, tmp_pat
     for arguments, network in ((), False), (("--network",), True):
         assert cli("verify", "b", tmp_path, *arguments).code == 0
         assert verdict[2] is network
+
+
+def test_the_graph_with_the_kernels_ops_is_checked_where_it_is_asked_for(cli, verdict, tmp_path):
+    for arguments, attention in ((), "native"), (("--attention", "plugin"), "plugin"):
+        assert cli("verify", "b", tmp_path, *arguments).code == 0
+        assert verdict[5] == attention
+
+
+def test_the_choices_of_attention_are_what_the_builder_knows():
+    from exporter.cli.verify import ATTENTIONS
+    from exporter.engine_options import ATTENTIONS as KNOWN
+
+    assert ATTENTIONS == KNOWN
 
 
 def test_the_adapter_that_was_merged_arrives(cli, verdict, tmp_path):
