@@ -1,5 +1,6 @@
 # The runtime with TensorRT, for a GPU host with the NVIDIA container toolkit; see docs/tensorrt.md.
 # Another flavor: docker build --build-arg EXTRA=rtx .
+# To build engines with our attention kernels, too: --build-arg EXTRA=tensorrt,kernels
 FROM python:3.12-slim
 
 ARG EXTRA=tensorrt

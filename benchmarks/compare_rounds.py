@@ -86,8 +86,9 @@ def measure(
     judged = {name for figure in figures for name in (*figure.ours, figure.theirs)}
     wanted = {figure.measure for figure in figures}
     found = [Found(contender, disk, going_on(contender, rounds, wanted)) for contender, disk in contenders]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or stopped processes would stay
     with ExitStack() as stack:
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or stopped processes stay
+        stack.callback(signal.signal, signal.SIGTERM, before)
         running = []
         for one in found:
             started = time.perf_counter()
