@@ -54,7 +54,9 @@ def test_an_interruption_that_a_destructor_swallows_comes_back(number, raised):
 
     def work():
         Dropped()
-        time.sleep(10)
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            time.sleep(0.01)
 
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     before = {which: signal.signal(which, handler) for which, handler in usual.items()}  # other tests may have theirs
