@@ -49,6 +49,7 @@ def test_greedy_tokens_are_compared_with_the_cpus(session, tensorrt_bundle_of):
     assert gpu_check.compare_greedy(Bundle.open(tensorrt_bundle_of("fp32")), session) == "32/32"
 
 
+@pytest.mark.slow
 def test_captured_steps_are_compared_with_those_that_are_not(tiny_checkpoint, tmp_path, monkeypatch):
     recipe = tmp_path / "int4-fp16.toml"
     recipe.write_text('activations = "fp16"\n')

@@ -65,6 +65,7 @@ def test_shards_are_listed_and_none_is_larger_than_asked_but_for_one_tensor(writ
     assert sum(size for _, size in held.values()) == index["metadata"]["total_size"]
 
 
+@pytest.mark.slow
 def test_it_is_exported_as_any_other(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "c", config_of("242m", **SMALL))
     result = export(checkpoint, tmp_path / "b", ExportOptions())

@@ -77,6 +77,7 @@ def test_the_engine_is_recorded_with_what_it_was_built_for(built: BuildResult, t
     assert engine.selftested_on == ()
 
 
+@pytest.mark.slow
 def test_an_engine_is_built_of_a_bundle_whose_weights_are_the_checkpoints_own_file(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_mask_assumes_nothing_of_causality(bundle: Path) -> None:
     assert result.engine.flags == ("weight-streaming",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causality", CAUSALITIES)
 def test_fp32_builds_though_it_has_no_fused_attention(tensorrt_bundle_of: Of, tmp_path: Path, causality: str) -> None:
     bundle = shutil.copytree(tensorrt_bundle_of("fp32"), tmp_path / "bundle")

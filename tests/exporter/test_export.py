@@ -202,6 +202,7 @@ def test_a_16_bit_checkpoint_passes_the_gate(quick, tmp_path: Path, dtype: torch
     np.testing.assert_array_equal(weights_of(result.bundle)[f"{NORM}.plus_one"], stored + np.float32(1))
 
 
+@pytest.mark.slow
 def test_tied_embeddings_are_the_head_too(quick, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
     stored = by_hand.values(checkpoint)

@@ -199,7 +199,7 @@ def test_a_mixed_recipe_shows_layers_and_groups_apart(tiny_checkpoint, tmp_path)
         ("NemotronForCausalLM", {"tie_word_embeddings": True}, "lm_head"),
         pytest.param("NemotronForSequenceClassification", {"num_labels": 3}, "score", marks=pytest.mark.slow),
         pytest.param("NemotronForTokenClassification", {"num_labels": 5}, "score", marks=pytest.mark.slow),
-        ("NemotronForQuestionAnswering", {}, "qa_outputs"),
+        pytest.param("NemotronForQuestionAnswering", {}, "qa_outputs", marks=pytest.mark.slow),
     ],
 )
 def test_every_head_is_counted_as_one_biases_too_and_none_by_its_name_alone(tmp_path, architecture, options, head):

@@ -106,13 +106,8 @@ def test_a_configuration_is_exported_to_both_targets(case: Case, tmp_path: Path)
     both_targets(checkpoint_of(tmp_path / "c", case.config), tmp_path, case)
 
 
-@pytest.mark.parametrize(
-    "activation",
-    [
-        pytest.param(name, marks=[] if name == "gelu_new" else [pytest.mark.slow])
-        for name in sorted(set(ACT2FN) - set(LEARNED_ACTIVATIONS))
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", sorted(set(ACT2FN) - set(LEARNED_ACTIVATIONS)))
 def test_an_activation_is_exported_to_both_targets(activation: str, tmp_path: Path) -> None:
     both_targets(checkpoint_of(tmp_path / "c", {"hidden_act": activation, "num_hidden_layers": 1}), tmp_path, Case())
 
@@ -125,7 +120,10 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(task, marks=[] if task == "text-classification" else [pytest.mark.slow]) for task in HEADS],
+)
 def test_a_head_is_exported_to_both_targets(task: str, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path / "c", HEADS[task], TASKS[task].architecture)
     ours = export(checkpoint, tmp_path / "onnxruntime", ExportOptions())
@@ -191,7 +189,9 @@ CARRIED_ONES = [
 ]
 CORE_FORMS = [
     pytest.param("onnxruntime", CACHED, "--inputs embeds", id="embeddings into a cache"),
-    pytest.param("onnxruntime", UNCACHED, "--output-attentions", id="attentions without a cache"),
+    pytest.param(
+        "onnxruntime", UNCACHED, "--output-attentions", id="attentions without a cache", marks=pytest.mark.slow
+    ),
     pytest.param("onnxruntime", CACHED, "--position-ids", id="positions into a cache"),
 ]
 

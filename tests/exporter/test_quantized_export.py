@@ -111,6 +111,7 @@ def test_tensorrt_takes_fp8_and_the_network_is_the_model(small_checkpoint: Path,
     assert gate(bundle, Checkpoint.open(small_checkpoint), network=True).parity.passed
 
 
+@pytest.mark.slow
 def test_tensorrt_takes_int4_of_whole_blocks_and_the_network_is_the_model(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "wide", hidden_size=128, intermediate_size=256, num_hidden_layers=1)
     bundle = exported(checkpoint, tmp_path / "bundle", target="tensorrt", precision="int4")

@@ -86,6 +86,7 @@ def test_a_model_whose_reference_is_itself_inexact_gets_a_limit_to_match(tmp_pat
     assert all(c.passed and LIMIT < c.limit < 0.1 for c in logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_length", [3, 11])
 def test_the_gate_fits_models_of_very_short_context(tmp_path: Path, max_length: int) -> None:
     checkpoint = write_checkpoint(tmp_path / "short", num_hidden_layers=1, max_position_embeddings=max_length)

@@ -58,9 +58,7 @@ def bundle_of(
 
 KINDS = [
     "fp32",
-    "int8 cache",
-    "tensorrt bf16",
-    *(pytest.param(k, marks=pytest.mark.slow) for k in ("int4", "tensorrt int4")),
+    *(pytest.param(k, marks=pytest.mark.slow) for k in ("int8 cache", "tensorrt bf16", "int4", "tensorrt int4")),
 ]
 
 
@@ -93,6 +91,7 @@ def test_what_the_layered_gate_stores_proves_the_bundle_where_it_runs(
     assert selftest(tiny_bundle_copy).passed
 
 
+@pytest.mark.slow
 def test_stored_cases_are_those_of_transformers_whole_model(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     from transformers import NemotronForCausalLM
 
@@ -106,7 +105,12 @@ def test_stored_cases_are_those_of_transformers_whole_model(tiny_bundle: Path, t
     np.testing.assert_allclose(prefill.top_logits[2, -1], np.sort(logits)[::-1][:16], atol=1e-5)
 
 
-@pytest.mark.parametrize("bug", corruptions.ALL, ids=lambda bug: bug.__name__)
+WRONG, *OTHERS = corruptions.ALL
+
+
+@pytest.mark.parametrize(
+    "bug", [WRONG, *(pytest.param(bug, marks=pytest.mark.slow) for bug in OTHERS)], ids=lambda bug: bug.__name__
+)
 def test_a_wrong_graph_fails_layer_by_layer_too(
     bug: Callable[[onnx.ModelProto], None], tiny_bundle_copy: Path, tiny_checkpoint: Path
 ) -> None:

@@ -127,6 +127,7 @@ def test_hidden_states_are_handed_out_and_checked(checkpoint: Path, features: Pa
     assert {comparison.name for comparison in parity.comparisons} == {"last_hidden_state", "hidden_states"}
 
 
+@pytest.mark.slow
 def test_golden_cases_of_wide_models_stay_small(tmp_path: Path) -> None:
     wide = write_checkpoint(tmp_path / "wide", architecture="NemotronModel", hidden_size=8192, num_hidden_layers=1)
     bundle = export(wide, tmp_path / "b", ExportOptions()).bundle

@@ -60,7 +60,7 @@ def _ropes() -> dict[str, Case]:
                 **parameters,
             }
         }
-        cases[f"rope {name}, as transformers 4 writes it"] = Case(old, length, core=name == "longrope")
+        cases[f"rope {name}, as transformers 4 writes it"] = Case(old, length)
         cases[f"rope {name}, as transformers 5 writes it"] = Case(new, length, core=name == "yarn")
     return cases
 
@@ -99,7 +99,7 @@ CONFIGURATIONS: dict[str, Case] = {
     "five layers": Case({"num_hidden_layers": 5}),
     "a context of 7": Case({"max_position_embeddings": 7}),
     "longer than the model, which scales": Case(
-        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, max_length=100, core=True
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, max_length=100
     ),
     "longer than the model, from an original length": Case(
         {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}}, max_length=128

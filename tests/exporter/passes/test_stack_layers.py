@@ -67,9 +67,10 @@ def weights_of(model: ir.Model) -> dict[str, Any]:
 
 
 # Each traces three layers; one of them is told at once.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "config", "form"),
-    [pytest.param(*graph, marks=[pytest.mark.slow] * bool(place)) for place, graph in enumerate(GRAPHS.values())],
+    GRAPHS.values(),
     ids=GRAPHS,
 )
 def test_a_stack_of_three_is_the_trace_of_three(task: str, config: dict[str, Any], form: GraphForm) -> None:
