@@ -174,6 +174,7 @@ def test_it_goes_with_rounded_weights(small_checkpoint: Path, tmp_path: Path, te
     assert selftest(bundle.path).passed
 
 
+@pytest.mark.slow
 def test_it_goes_with_rotation_ahead_of_the_attention(tmp_path: Path, text: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "narrow", head_dim=24, num_hidden_layers=1)
     bundle = exported(checkpoint, tmp_path / "bundle", text)

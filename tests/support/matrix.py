@@ -68,7 +68,7 @@ def _ropes() -> dict[str, Case]:
 CONFIGURATIONS: dict[str, Case] = {
     "key/value heads absent": Case({"num_key_value_heads": ABSENT}),
     "a key/value head per query head": Case({"num_key_value_heads": 4}),
-    "one key/value head": Case({"num_key_value_heads": 1}, core=True),
+    "one key/value head": Case({"num_key_value_heads": 1}),
     "a group of three": Case({"num_attention_heads": 6, "num_key_value_heads": 2}),
     "head_dim absent": Case({"head_dim": ABSENT, "num_attention_heads": 2, "num_key_value_heads": 1}),
     "heads wider than the hidden state": Case({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64}),

@@ -33,6 +33,14 @@ STRUCTURES = {
 }
 
 
+CASES = [
+    pytest.param(
+        config, id=name, marks=[] if name in ("grouped", "one kv head, biases, one layer") else [pytest.mark.slow]
+    )
+    for name, config in STRUCTURES.items()
+]
+
+
 def optimized(traced: Any, **config: Any) -> tuple[Any, ir.Model, dict[str, int]]:
     spec, model = traced(**config)
     passes = pipeline(spec, *rope_tables(spec, spec.max_positions))
@@ -40,7 +48,7 @@ def optimized(traced: Any, **config: Any) -> tuple[Any, ir.Model, dict[str, int]
     return spec, model, counts
 
 
-@pytest.mark.parametrize("config", STRUCTURES.values(), ids=STRUCTURES.keys())
+@pytest.mark.parametrize("config", CASES)
 def test_every_layer_becomes_one_fused_attention_and_nothing_is_left_over(traced: Any, config: dict[str, Any]) -> None:
     spec, model, counts = optimized(traced, **config)
     assert counts["fuse_partial_rope_attention"] == spec.layers == sum(map(is_partial_rope_attention, model.graph))
@@ -89,7 +97,7 @@ def test_the_fused_graph_has_the_contract_that_targets_are_lowered_from(traced: 
     }
 
 
-@pytest.mark.parametrize("config", STRUCTURES.values(), ids=STRUCTURES.keys())
+@pytest.mark.parametrize("config", CASES)
 def test_the_last_mlp_runs_for_the_columns_alone_whose_logits_are_asked_for(
     traced: Any, config: dict[str, Any]
 ) -> None:
