@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx
 
-from exporter.engine_options import NATIVE, PLUGIN, BuildOptions, check_options
+from exporter.engine_options import NATIVE, PLUGIN, BuildOptions
 from exporter.network import Change
 from runtime.bundle import Bundle
 from runtime.contract import INPUT_IDS, WRITE_INDICES
@@ -39,7 +39,6 @@ def change_of(trt: Any, options: BuildOptions, capability: str | None, bundle: B
     Raises:
         UserError: the kernels are for another flavor, GPU or TensorRT, or what compiles them is missing.
     """
-    check_options(options)
     if options.attention == NATIVE:
         return None
     if capability is None:

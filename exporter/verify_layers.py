@@ -108,16 +108,16 @@ class _LayeredGate:
         self._past = int(end[0].past[0])
         capacity, longest = capacity_of(prompts(bundle), bundle.manifest.max_length), bundle.manifest.max_length
 
-        kernels = attention == PLUGIN  # whose ops are evaluated whatever the precision
-        evaluate = kernels or bundle.manifest.precision != "fp32"
-        self._segments = Segments(bundle, evaluate=evaluate, model=graph_of(bundle, attention) if kernels else None)
+        # The kernels' ops are evaluated whatever the precision.
+        evaluate = attention == PLUGIN or bundle.manifest.precision != "fp32"
+        self._segments = Segments(bundle, evaluate=evaluate, model=graph_of(bundle, attention))
         self._steps = LayeredSteps(bundle, self._segments, asked, slots=len(self._rows), capacity=capacity)
         self._last = LayeredSteps(bundle, self._segments, end, slots=1, capacity=longest)
         self._kernels = None
         if rounds_activations(bundle):  # the same steps as ONNX Runtime computes them
             self._products = Segments(bundle, evaluate=False)
             self._kernels = LayeredSteps(bundle, self._products, asked, slots=len(self._rows), capacity=capacity)
-        self.evaluated_by = f"{self._segments.name}{WITH_OPS if kernels else ''}, layer by layer"
+        self.evaluated_by = f"{self._segments.name}{WITH_OPS[attention]}, layer by layer"
 
         precision = bundle.manifest.activations
         every = [*self._rows, [int(token) for request in end for token in request.tokens[0]]]

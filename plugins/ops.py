@@ -113,7 +113,7 @@ def partial_rope_attention_function(*, position_ids: bool = False) -> ir.Functio
     """
     inputs = f"{_CACHED_INPUTS}, position_ids" if position_ids else _CACHED_INPUTS
     derived = "" if position_ids else _DERIVED_POSITIONS
-    return _function(
+    return onnx_function(
         f"{PARTIAL_ROPE_ATTENTION} {_ATTRIBUTES} ({inputs}) => (context, present_key, present_value)",
         _SPLIT + derived + _ROTATE + _CACHED + _MERGE,
     )
@@ -121,7 +121,7 @@ def partial_rope_attention_function(*, position_ids: bool = False) -> ir.Functio
 
 def partial_rope_self_attention_function() -> ir.Function:
     """The op of whole rows as an ONNX function of opset 24."""
-    return _function(
+    return onnx_function(
         f"{PARTIAL_ROPE_SELF_ATTENTION} {_ATTRIBUTES} "
         "(query, key, value, cos, sin, position_ids, attention_mask) => (context, weights)",
         _SPLIT + _ROTATE + _MASKED + _MERGE,
@@ -143,6 +143,7 @@ def is_fused(node: ir.Node) -> bool:
     return is_partial_rope_attention(node) or is_partial_rope_self_attention(node)
 
 
-def _function(signature: str, body: str) -> ir.Function:
+def onnx_function(signature: str, body: str) -> ir.Function:
+    """A function of DOMAIN in ONNX's text, whose body is of BODY_OPSET."""
     text = f'<domain: "{DOMAIN}", opset_import: ["" : {BODY_OPSET}]>\n{signature}\n{{{body}}}'
     return ir.serde.deserialize_function(onnx.parser.parse_function(text))

@@ -37,10 +37,9 @@ the capacity would be 25.6 MB and 26 GB.
 
 from __future__ import annotations
 
-import onnx
 import onnx_ir as ir
 
-from plugins.ops import BODY_OPSET, DOMAIN
+from plugins.ops import onnx_function
 
 SPLIT_ATTENTION = "SplitAttention"
 MERGE_ATTENTION = "MergeAttention"
@@ -240,15 +239,10 @@ def split_attention_function() -> ir.Function:
         f"{SPLIT_ATTENTION} <heads, kv_heads, head_dim, rotary_dim, scale> "
         "(query, cos, sin, key_cache, value_cache, lengths) => (maxima, sums, contexts)"
     )
-    return _function(signature, _SPLIT_SIZES + _LENGTHS + _SPLIT_KEYS + _SPLIT_QUERIES + _SPLIT_ATTEND)
+    return onnx_function(signature, _SPLIT_SIZES + _LENGTHS + _SPLIT_KEYS + _SPLIT_QUERIES + _SPLIT_ATTEND)
 
 
 def merge_attention_function() -> ir.Function:
     """`MergeAttention` as an ONNX function of opset 24."""
     signature = f"{MERGE_ATTENTION} <to> (maxima, sums, contexts, lengths) => (context)"
-    return _function(signature, _MERGE_SIZES + _LENGTHS + _MERGE)
-
-
-def _function(signature: str, body: str) -> ir.Function:
-    text = f'<domain: "{DOMAIN}", opset_import: ["" : {BODY_OPSET}]>\n{signature}\n{{{body}}}'
-    return ir.serde.deserialize_function(onnx.parser.parse_function(text))
+    return onnx_function(signature, _MERGE_SIZES + _LENGTHS + _MERGE)

@@ -34,7 +34,7 @@ def split_attention(
     capacity, width = key_cache.shape[2:]
     if lengths.min() < sequence or lengths.max() > capacity:
         raise ValueError(f"lengths {lengths} are not within {sequence} queries and the capacity {capacity}")
-    positions = lengths[:, None].astype(np.int64) - sequence + np.arange(sequence)
+    positions = _positions(lengths, sequence)
     split = _exact(query).reshape(batch, sequence, heads, width).transpose(0, 2, 1, 3)
     rotated = _exact(rotate(split, _exact(cos), _exact(sin), positions).astype(query.dtype))
     group, blocks = heads // kv_heads, blocks_of(sequence, capacity)
@@ -67,15 +67,27 @@ def merge_attention(
 ) -> Floats:
     """The context [batch, sequence, heads·head_dim] of `dtype`, out of the blocks that each query sees."""
     batch, _, sequence, blocks = maxima.shape
-    each = np.array([keys_each(int(length), blocks) for length in lengths])
-    positions = lengths[:, None].astype(np.int64) - sequence + np.arange(sequence)
-    read = (np.arange(blocks) <= (positions // each[:, None])[..., None])[:, None]
+    read = seen_blocks(lengths, sequence, blocks)[:, None]
     greatest = np.where(read, maxima, -np.inf).max(-1, keepdims=True)
     weights = np.exp(np.where(read, maxima, -np.inf) - greatest)
     total = (weights * np.where(read, sums, 0)).sum(-1)
     merged = (weights[..., None] * np.where(read[..., None], contexts, 0)).sum(3) / total[..., None]
     context: Floats = merged.transpose(0, 2, 1, 3).reshape(batch, sequence, -1).astype(dtype)
     return context
+
+
+def seen_blocks(lengths: NDArray[np.int32], sequence: int, blocks: int) -> NDArray[np.bool_]:
+    """bool [batch, sequence, blocks]: where a query sees a key of a block, and what the block gives is defined."""
+    each = np.array([keys_each(int(length), blocks) for length in lengths])
+    last = _positions(lengths, sequence) // each[:, None]
+    seen: NDArray[np.bool_] = np.arange(blocks) <= last[..., None]
+    return seen
+
+
+def _positions(lengths: NDArray[np.int32], sequence: int) -> NDArray[np.int64]:
+    """int64 [batch, sequence], of the step's queries."""
+    positions: NDArray[np.int64] = lengths[:, None].astype(np.int64) - sequence + np.arange(sequence)
+    return positions
 
 
 def _exact(x: Floats) -> NDArray[np.float32]:

@@ -15,6 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx")
 DEVICES = ("cpu", "cuda")
+ATTENTIONS = ("native", "plugin")
 
 PATH = click.Path(path_type=Path)
 

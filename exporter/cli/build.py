@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exporter.cli._console import emit_json, note, print_facts, size, stages, writing
-from exporter.cli._options import PATH, json_option
+from exporter.cli._options import ATTENTIONS, PATH, json_option
 
 if TYPE_CHECKING:
     from exporter.engine import BuildResult
 
 # Plain text, so that --help needs no import; a test holds them against what the builder knows.
 FLAVORS = ("tensorrt", "tensorrt-rtx")
-ATTENTIONS = ("native", "plugin")
 CAUSALITIES = ("lower-right", "mask")
 HARDWARE_COMPATIBILITY = ("ampere-plus", "same-compute-capability")
 PROFILING_VERBOSITY = ("layer-names", "detailed", "none")

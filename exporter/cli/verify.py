@@ -7,9 +7,7 @@ from pathlib import Path
 import click
 
 from exporter.cli._console import emit_json, print_comparisons, stages
-from exporter.cli._options import PATH, checkpoint_argument, checkpoint_options, json_option, memory_option
-
-ATTENTIONS = ("native", "plugin")  # plain text, so that --help needs no import
+from exporter.cli._options import ATTENTIONS, PATH, checkpoint_argument, checkpoint_options, json_option, memory_option
 
 
 @click.command()

@@ -11,8 +11,7 @@ import onnx_ir as ir
 import torch
 
 from exporter.evaluate.network_layers import LAYERS
-from exporter.evaluate.onnx_attributes import Attributes
-from exporter.evaluate.onnx_operators import OPERATORS
+from exporter.evaluate.onnx_graph import meaning_of
 from exporter.evaluate.program import CannotEvaluate, Compute, Edge, Program, Step, in_order
 from exporter.evaluate.tensors import as_torch
 
@@ -88,10 +87,7 @@ def _plugin(nodes: Mapping[str, onnx.NodeProto], layer: Any) -> Compute:
     node = nodes.get(layer.name)
     if node is None:
         raise CannotEvaluate(f"plugin {layer.name}")
-    attributes = Attributes(ir.serde.deserialize_node(node))
-    compute = OPERATORS[f"{node.domain}::{node.op_type}"](attributes)
-    attributes.finish()
-    return compute
+    return meaning_of(ir.serde.deserialize_node(node))[1]
 
 
 def _inputs(layer: Any) -> Iterator[Any]:

@@ -11,7 +11,7 @@ import torch
 
 from exporter.evaluate.onnx_attributes import Attributes
 from exporter.evaluate.onnx_operators import OPERATORS
-from exporter.evaluate.program import CannotEvaluate, Edge, Program, Step, in_order
+from exporter.evaluate.program import CannotEvaluate, Compute, Edge, Program, Step, in_order
 from exporter.evaluate.tensors import read_tensor
 from plugins.split_attention import MERGE_ATTENTION, SPLIT_ATTENTION
 
@@ -53,19 +53,29 @@ def compile_graph(model: ir.Model) -> Program:
     }
     steps = []
     for node in graph:
-        key = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-        if key not in OPERATORS:
-            raise CannotEvaluate(f"operator {key}")
-        attributes = Attributes(node)
-        compute = OPERATORS[key](attributes)
-        attributes.finish()
+        label, compute = meaning_of(node)
         edges = tuple(_edge(value, _result_dtype(node, place, dtypes)) for place, value in enumerate(node.outputs))
         dtypes |= {edge.name: edge.dtype for edge in edges}
         inputs = tuple(None if value is None else _name(value) for value in node.inputs)
-        steps.append(Step(attributes.label, inputs, edges, compute))
+        steps.append(Step(label, inputs, edges, compute))
     fed = tuple(Edge(_name(value), _dtype(value)) for value in graph.inputs)
     outputs = tuple(map(_name, graph.outputs))
     return Program(fed, constants, in_order(steps, [*constants, *(edge.name for edge in fed)], outputs), outputs, model)
+
+
+def meaning_of(node: ir.Node) -> tuple[str, Compute]:
+    """What a node is called where it is told of, and what it computes.
+
+    Raises:
+        CannotEvaluate: an operator or attribute without a meaning here.
+    """
+    key = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+    if key not in OPERATORS:
+        raise CannotEvaluate(f"operator {key}")
+    attributes = Attributes(node)
+    compute = OPERATORS[key](attributes)
+    attributes.finish()
+    return attributes.label, compute
 
 
 def _edge(value: ir.Value, dtype: torch.dtype) -> Edge:

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from exporter.evaluate.onnx_attributes import Attributes
 from exporter.evaluate.program import Compute
-from plugins.split_attention import blocks_of, keys_each
-from plugins.split_reference import merge_attention, split_attention
+from plugins.split_attention import blocks_of
+from plugins.split_reference import merge_attention, seen_blocks, split_attention
 
 Tensor = torch.Tensor
 Tensors = tuple[torch.Tensor, ...]
@@ -29,7 +29,7 @@ def split(a: Attributes) -> Compute:
         told = lengths.numpy()
         with np.errstate(all="ignore"):  # what is not finite is named by its edge
             partials = split_attention(q, c, s, k, v, told, heads=heads, kv_heads=kv_heads, scale=scale)
-        seen = _seen(told, query.shape[1], blocks_of(query.shape[1], keys.shape[2]))[:, None]
+        seen = seen_blocks(told, query.shape[1], blocks_of(query.shape[1], keys.shape[2]))[:, None]
         defined = (seen, seen, seen[..., None])
         finite = (np.where(where, each, np.float32(0)) for where, each in zip(defined, partials, strict=True))
         return tuple(map(torch.from_numpy, finite))
@@ -47,14 +47,6 @@ def merge(a: Attributes) -> Compute:
             return torch.from_numpy(merge_attention(maxima.numpy(), sums.numpy(), contexts.numpy(), lengths.numpy()))
 
     return compute
-
-
-def _seen(lengths: NDArray[np.int32], sequence: int, blocks: int) -> NDArray[np.bool_]:
-    """bool [batch, sequence, blocks]: where a query sees a key of a block."""
-    each = np.array([keys_each(int(length), blocks) for length in lengths])
-    last = (lengths[:, None] - sequence + np.arange(sequence)) // each[:, None]
-    seen: NDArray[np.bool_] = np.arange(blocks) <= last[..., None]
-    return seen
 
 
 def _array(x: Tensor) -> NDArray[np.floating]:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from exporter import __version__
-from exporter.engine_options import NATIVE, PLUGIN, BuildOptions, local_capability
+from exporter.engine_options import NATIVE, PLUGIN, BuildOptions, check_options, local_capability
 from exporter.evaluate.network import compile_network
 from exporter.evaluate.onnx_graph import compile_graph, load_graph
 from exporter.evaluate.program import Program
@@ -30,7 +30,7 @@ from runtime.session import Floats, Ints, Session
 from runtime.steps import Limits, Step, check_allocation, contract_of
 from runtime.tensorrt_api import FLAVORS, import_tensorrt
 
-WITH_OPS = " with the attention kernels' ops"
+WITH_OPS = {NATIVE: "", PLUGIN: " with the attention kernels' ops"}  # what is evaluated, as results name it
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -174,7 +174,7 @@ def evaluate_graph(bundle: Bundle, attention: str = NATIVE) -> EvaluatedSession:
         UserError: the graph has no form with the kernels' ops.
     """
     program = compile_graph(graph_of(bundle, attention))
-    name = f"nemotron-export evaluation of the ONNX graph{WITH_OPS if attention == PLUGIN else ''}"
+    name = f"nemotron-export evaluation of the ONNX graph{WITH_OPS[attention]}"
     return EvaluatedSession(bundle, lambda _: program, name, __version__)
 
 
@@ -220,7 +220,9 @@ def network_programs(
     """
     check_for_network(bundle)
     flavor, trt = installed("tensorrt" if attention == PLUGIN and flavor is None else flavor)
-    change = change_of(trt, BuildOptions(flavor, attention=attention), local_capability(), bundle)
+    options = BuildOptions(flavor, attention=attention)
+    check_options(options)
+    change = change_of(trt, options, local_capability(), bundle)
     weights = load_graph(bundle.file(MODEL)).constants
 
     def program(capacity: int) -> Program:
@@ -228,8 +230,7 @@ def network_programs(
         parsed.mend(causality)
         return compile_network(trt, parsed.network, weights, owner=parsed, plugins=parsed.plugins)
 
-    named = WITH_OPS if attention == PLUGIN else ""
-    return f"nemotron-export evaluation of the {flavor} network{named}", trt.__version__, program
+    return f"nemotron-export evaluation of the {flavor} network{WITH_OPS[attention]}", trt.__version__, program
 
 
 def check_for_network(bundle: Bundle) -> None:

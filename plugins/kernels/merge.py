@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-1e30)
+from plugins.kernels.split import LOG2_E, LOWEST, keys_each_of
 
 
 @triton.jit(do_not_specialize=["sequence", "blocks"])  # as it is ahead of time
@@ -31,7 +30,7 @@ def merge_attention(
     token, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     row = tl.program_id(1).to(tl.int64)
     length = tl.maximum(tl.load(lengths + row), sequence)
-    keys_each = tl.cdiv(tl.cdiv(length, GRANULE), blocks) * GRANULE
+    keys_each = keys_each_of(length, blocks, GRANULE)
     seen = tl.minimum((length - sequence + token) // keys_each + 1, blocks)
 
     base = ((row * HEADS + head) * sequence + token) * blocks

@@ -52,7 +52,7 @@ def split_attention(
 
     # TensorRT times kernels on lengths of its own making: whatever they say, nothing outside the cache is read.
     length = tl.minimum(tl.maximum(tl.load(lengths + row), sequence), capacity)
-    keys_each = tl.cdiv(tl.cdiv(length, GRANULE), blocks) * GRANULE
+    keys_each = keys_each_of(length, blocks, GRANULE)
     first_token = tile * BLOCK_M // GROUP
     last_token = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, sequence - 1)
     past = length - sequence
@@ -125,6 +125,12 @@ def split_attention(
     if REST:
         channels = WIDTH + tl.arange(0, REST)
         tl.store(contexts + place[:, None] * HEAD_DIM + channels[None, :], rest, mask=real[:, None])
+
+
+@triton.jit
+def keys_each_of(length, blocks, GRANULE: tl.constexpr):
+    """`plugins.split_attention.keys_each`."""
+    return tl.cdiv(tl.cdiv(length, GRANULE), blocks) * GRANULE
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 import pytest
 from corruptions import redescribe
-from refusals import assert_tells, snapshot
+from refusals import assert_tells, refused, snapshot
 
 from exporter import engine as engine_module
 from exporter.builder import configure, monitor_of
@@ -55,11 +55,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(bundle: Path, options: BuildOptions) -> UserError:
-    before = snapshot(bundle)
-    with pytest.raises(UserError) as refused:
-        build(bundle, options)
-    assert snapshot(bundle) == before
-    return refused.value
+    return refused(bundle, lambda: build(bundle, options))
 
 
 # What is built

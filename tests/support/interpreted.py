@@ -61,7 +61,7 @@ def _split(case: Case, config: SplitConfig, dtype: str) -> Arrays:
 
     from plugins.kernels.launch import launch_split
 
-    inputs = tuple(_tensor(x, dtype) for x in case.inputs(_numpy_type(dtype)))
+    inputs = tuple(_tensor(x, dtype) for x in case.inputs(dtype))
     shapes = partial_shapes(len(case.lengths), case.sequence, case.heads, case.head_dim, case.capacity)
     partials = tuple(torch.full(shape, torch.nan) for shape in shapes)
     launch_split(inputs, partials, shape_of(case), config)
@@ -79,12 +79,6 @@ def _merge(case: Case, partials: Arrays, config: MergeConfig, dtype: str) -> np.
     tensors = tuple(torch.from_numpy(partial) for partial in partials)
     launch_merge(tensors, torch.tensor(case.lengths, dtype=torch.int32), context, shape_of(case), config)
     return context.float().numpy()
-
-
-def _numpy_type(dtype: str) -> Any:
-    import ml_dtypes
-
-    return ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
 
 
 def _tensor(x: np.ndarray, dtype: str) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from runtime.errors import UserError
 
@@ -32,3 +35,12 @@ def snapshot(directory: Path) -> dict[str, bytes | None]:
         path.relative_to(directory).as_posix(): path.read_bytes() if path.is_file() else None
         for path in sorted(directory.rglob("*"))
     }
+
+
+def refused(directory: Path, work: Callable[[], object]) -> UserError:
+    """Why work is not done; what is in the directory stays as it was."""
+    before = snapshot(directory)
+    with pytest.raises(UserError) as refusal:
+        work()
+    assert snapshot(directory) == before
+    return refusal.value

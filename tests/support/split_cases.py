@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ml_dtypes  # noqa: F401 - numpy knows bfloat16 by name from here on
 import numpy as np
 from numpy.typing import DTypeLike
 

@@ -33,7 +33,7 @@ def check(
 ) -> None:
     """The kernels' context is a softmax's, and their partials are the reference's where those are defined."""
     exact = dtype == "float32"
-    numpy_type = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    numpy_type = np.dtype(dtype)
     partials = kernels.split(case, split, dtype)
     expected = case.expected(numpy_type)
     last_place = float(np.spacing(np.array(np.abs(expected).max(), numpy_type)))
